@@ -1,0 +1,1859 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14", "numpy>=1.26,<3", "pillow>=10.3", "matplotlib>=3.8", "tqdm>=4.66"]
+# ///
+"""gan.py: a face GAN in one file, to read in one sitting, to run anywhere.
+
+    python gan.py prepare --dataset PHOTOS    photos (a folder, .zip, .tar or .tgz) become batches in data/
+    python gan.py train                       DCGAN, WGAN or WGAN-GP (--model); the same command goes on
+    python gan.py eval                        http://localhost:8666 makes faces with 128 sliders
+
+The file is laid out in the order in which a face travels through it: settings, faces on disk, networks,
+objectives, balance, run directory, training, drawing, server, command line. @@MEASURED@@
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import copy
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import socketserver
+import stat
+import sys
+import tarfile
+import threading
+import time
+import warnings
+import zipfile
+from collections import OrderedDict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from http.client import LineTooLong
+from http.server import BaseHTTPRequestHandler
+from ipaddress import ip_address
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Callable, Iterator
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+from tqdm import tqdm
+
+LATENT_SIZE = 128  # numbers in a latent vector z
+BATCH_FILE_FACES = 200  # faces in one file of a dataset
+MAX_FILE_BYTES = 100_000_000  # a larger "photo" is skipped: it would only serve to fill the memory
+MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
+MIN_FACE_PIXELS = 8  # a crop with a shorter side holds no face
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # none that starts other programs
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
+CHECKPOINT_FORMAT = 1
+DATASET_FORMAT = 1
+
+
+class UserError(Exception):
+    """What a user can cause and mend: one line that says what is wrong, where, and what to do. Exit code 1."""
+
+
+def say(text: str) -> None:
+    """Print a line, above the progress bar where there is one; names that no terminal can show are escaped."""
+    tqdm.write(text.encode("utf-8", "backslashreplace").decode(), file=sys.stdout)
+    sys.stdout.flush()
+
+
+# ================================================================================================
+# Settings: each one declared once; the command line, config.json and the checkpoints read it here
+# ================================================================================================
+
+def image_sizes() -> list[int]:
+    """Sizes that the networks can draw: a base of 4 to 7 times a power of two, from 32 to 256 pixels."""
+    sizes = {base * 2 ** doublings for base in range(4, 8) for doublings in range(7)}
+    return sorted(size for size in sizes if 32 <= size <= 256)
+
+
+def between(low: float, high: float, kind: Callable = int) -> Callable[[str], float]:
+    """A parser of numbers from low to high, whole ones unless `kind` is float."""
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+    return parse
+
+
+def one_of(*choices: str | int) -> Callable[[str], str | int]:
+    """A parser of one of the choices; case does not matter."""
+    def parse(text: str) -> str | int:
+        for choice in choices:
+            if text.lower() == str(choice).lower():
+                return choice
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, choices))}")
+    return parse
+
+
+def balance_rule(text: str) -> str | int:
+    """Parse 'accuracy' or a fixed number of discriminator updates a generator update."""
+    return text.lower() if text.lower() == "accuracy" else between(1, 1000)(text)
+
+
+def setting(default, help: str, parse: Callable = str, metavar: str | None = None, fixed: bool = False):
+    """Declare one setting. `fixed`: it cannot change once a run has begun. A default of False makes a switch."""
+    return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar, "fixed": fixed})
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """Settings of `prepare`."""
+    dataset: str | None = setting(None, "photos: a folder, .zip, .tar or .tgz (default "
+                                  "dataset/lfwpeople/lfw_funneled)", metavar="PATH")
+    demo: bool = setting(False, "draw faces instead of reading photos: nothing to download, nobody's photo")
+    download: bool = setting(False, "fetch the Kaggle dataset atulanandjha/lfwpeople (needs: pip install kagglehub)")
+    data: str = setting("data", "folder to write the dataset to", metavar="DIR")
+    size: int = setting(80, "side of a face in pixels", one_of(*image_sizes()), "PIXELS")
+    crop: float = setting(0.5, "central share of width and height to keep, 1 for all", between(0.05, 1, float), "SHARE")
+    per_person: int = setting(2, "images of one person (one folder), 0 for all", between(0, 10**6), "N")
+    limit: int = setting(2000, "faces at most, 0 for all", between(0, 10**7), "N")
+    seed: int = setting(0, "seed of the order of faces", between(0, 2**31 - 1), "N")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of `train`; they stand in config.json and in every checkpoint."""
+    data: str = setting("data", "dataset written by prepare", metavar="DIR")
+    run: str | None = setting(None, "run folder (default runs/MODEL)", metavar="DIR")
+    model: str = setting("WGAN-GP", "DCGAN, WGAN or WGAN-GP", one_of("DCGAN", "WGAN", "WGAN-GP"), "NAME", fixed=True)
+    epochs: int = setting(3000, "passes over all faces", between(1, 10**7), "N")
+    batch_size: int = setting(20, "faces in a minibatch", between(2, 10**5), "N", fixed=True)
+    width: int = setting(64, "channels of the widest layers / 8", between(4, 512), "N", fixed=True)
+    balance: str | int = setting("accuracy", "'accuracy' (train the network that is behind) or discriminator "
+                                 "updates a generator update", balance_rule, "RULE")
+    clip: float = setting(0.1, "WGAN: limit of a discriminator weight", between(1e-4, 100.0, float), "LIMIT")
+    device: str = setting("auto", "auto, cpu, cuda or mps", one_of("auto", "cpu", "cuda", "mps"), "NAME")
+    seed: int = setting(0, "seed of weights, order and latent vectors", between(0, 2**31 - 1), "N", fixed=True)
+    checkpoint: str | None = setting(None, "go on from this one (epoch number or file), not from the last",
+                                     metavar="WHICH")
+    sample_every: int = setting(1, "epochs between sample grids", between(1, 10**7), "EPOCHS")
+    save_every: int = setting(10, "epochs between checkpoints", between(1, 10**7), "EPOCHS")
+    keep_every: int = setting(100, "epochs between checkpoints that are kept", between(1, 10**7), "EPOCHS")
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """Settings of `generate`."""
+    run: str | None = setting(None, "run folder (default: the newest in runs/)", metavar="DIR")
+    checkpoint: str | None = setting(None, "best, last, an epoch number or a file (default: best, else last)",
+                                     metavar="WHICH")
+    count: int = setting(100, "faces to draw", between(1, 10**6), "N")
+    out: str | None = setting(None, "folder for the PNG files (default RUN/generated)", metavar="DIR")
+    seed: int = setting(0, "seed of the latent vectors", between(0, 2**31 - 1), "N")
+    min_abs: float = setting(0.0, "keep each number of z at least this far from 0", between(0.0, 3.0, float), "A")
+    device: str = setting("auto", "auto, cpu, cuda or mps", one_of("auto", "cpu", "cuda", "mps"), "NAME")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Settings of `eval`."""
+    run: str | None = setting(None, "run folder (default: the newest in runs/)", metavar="DIR")
+    checkpoint: str | None = setting(None, "best, last, an epoch number or a file (default: best, else last)",
+                                     metavar="WHICH")
+    host: str = setting("127.0.0.1", "address to listen on", metavar="HOST")
+    port: int = setting(8666, "port, 0 for any free one", between(0, 65535), "PORT")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Settings of `demo`."""
+    port: int = setting(8666, "port of the page, 0 for any free one", between(0, 65535), "PORT")
+
+
+# ================================================================================================
+# Faces on disk: photos in a folder or archive -> crops -> gzipped uint8 batches and a manifest
+# ================================================================================================
+
+OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|faces-\d{5}-[0-9a-f]{8}\.pt\.gz|\.gan-.*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something named like an image. `read()` gives its bytes; `problem`, if any, says why it is skipped."""
+    name: str
+    read: Callable[[], bytes]
+    problem: str = ""
+
+
+def is_photo_name(name: str) -> bool:
+    """Whether a path inside a source is named like a photo; hidden files and macOS's archive litter are not."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") and part != ".." or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+
+
+def checked(name: str, read: Callable[[], bytes], size: int, *, link: bool, regular: bool) -> Entry:
+    """An Entry that is refused when it is a link, a device, empty, too large or named to lead out of its source."""
+    leads_out = ".." in name.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", name)
+    problem = ("is a link" if link else "is not a regular file" if not regular else "is empty" if size == 0
+               else f"is larger than {MAX_FILE_BYTES // 10**6} MB" if size > MAX_FILE_BYTES
+               else "has a path that leads out of its archive" if leads_out else "")
+    return Entry(name, read, problem)
+
+
+def walk_source(source: Path) -> Iterator[Entry]:
+    """Everything named like a photo in a folder, .zip, .tar or .tgz, one by one; nothing is unpacked to disk.
+
+    An archive that breaks off ends with an Entry of its own name that says so."""
+    walk = walk_folder if source.is_dir() else walk_zip if zipfile.is_zipfile(source) else walk_tar
+    try:
+        yield from walk(source)
+    except Exception as error:  # each kind of archive and compression raises its own kinds of error
+        yield Entry(source.name, bytes, f"cannot be read further: {one_line(error)}")
+
+
+def walk_folder(root: Path) -> Iterator[Entry]:
+    troubles: list[OSError] = []
+    for folder, subfolders, names in os.walk(root, onerror=troubles.append):
+        subfolders.sort()
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            relative = os.path.relpath(path, root).replace(os.sep, "/")
+            if is_photo_name(relative) and not (name == "faces.png" and "manifest.json" in names):  # a dataset of ours
+                info = os.lstat(path)
+                yield checked(relative, Path(path).read_bytes, info.st_size,
+                              link=stat.S_ISLNK(info.st_mode), regular=stat.S_ISREG(info.st_mode))
+    for error in troubles:
+        yield Entry(os.path.relpath(error.filename, root), bytes, error.strerror)
+
+
+def walk_zip(path: Path) -> Iterator[Entry]:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if is_photo_name(info.filename) and not info.is_dir():
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                yield checked(info.filename, partial(archive.read, info), info.file_size,
+                              link=kind == stat.S_IFLNK, regular=kind in (0, stat.S_IFREG, stat.S_IFLNK))
+
+
+def walk_tar(path: Path) -> Iterator[Entry]:
+    with tarfile.open(path) as archive:
+        for member in archive:
+            archive.members = []  # tarfile would remember every member of a long archive
+            if is_photo_name(member.name) and not member.isdir():
+                yield checked(member.name, lambda: archive.extractfile(member).read(), member.size,
+                              link=member.issym() or member.islnk(), regular=member.isreg())
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, in one short line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:200]
+
+
+def choose_photos(names: list[str], per_person: int, seed: int) -> list[str]:
+    """At most per_person (0: all) names of each person, shuffled. Depends on the names and the seed alone.
+
+    A person is a folder. A flat folder, one folder alone around all photos included, holds no persons."""
+    names = sorted(set(names))
+    folders = {str(PurePosixPath(name).parent) for name in names}
+    taken: dict[str, int] = {}
+    chosen = []
+    for name in names:
+        person = str(PurePosixPath(name).parent)
+        taken[person] = taken.get(person, 0) + 1
+        if per_person == 0 or taken[person] <= per_person or person == "." or len(folders) == 1:
+            chosen.append(name)
+    random.Random(seed).shuffle(chosen)
+    return chosen
+
+
+def crop_box(width: int, height: int, crop: float) -> tuple[float, float, float, float]:
+    """The largest square in the central `crop` share of width and height, as (left, top, right, bottom) pixels."""
+    side = crop * min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as RGB: 16-bit scaled to 8, transparency laid on white, the rest converted."""
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16-bit greys to white
+        grey = np.asarray(image).astype(np.int64)
+        return Image.fromarray(np.clip((grey + 128) // 257, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("holds floating-point numbers of unknown range")
+    if "transparency" in image.info or image.mode.upper().endswith("A"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode_face(data: bytes, size: int, crop: float) -> np.ndarray:
+    """Decode one photo, upright as its EXIF says, to a (size, size, 3) uint8 face. Raises whatever Pillow raises."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:  # Pillow's message holds an address in memory
+        raise ValueError("is not an image of a kind that is read here") from None
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"has too many pixels ({image.width}×{image.height})")
+        if crop * min(image.size) < MIN_FACE_PIXELS:
+            raise ValueError(f"is too small ({image.width}×{image.height})")
+        enough = math.ceil(2 * size / crop)
+        image.draft(None, (enough, enough))  # a JPEG decoder shrinks large photos for free
+        upright = to_rgb(ImageOps.exif_transpose(image))
+    box = crop_box(*upright.size, crop)
+    return np.asarray(upright.resize((size, size), Image.Resampling.LANCZOS, box=box))
+
+
+def read_jobs(source: Path, slots: dict[str, int], decode: Callable) -> Iterator[tuple[int, str, Callable]]:
+    """(slot, name, job) for each wanted photo of a source, its bytes read, in the order in which they lie there."""
+    left = dict(slots)
+    for entry in walk_source(source):
+        if entry.name in left and not entry.problem:
+            try:
+                job = partial(decode, entry.read())
+            except Exception as error:
+                job = partial(refuse, one_line(error))
+            yield left.pop(entry.name), entry.name, job
+    for name, slot in left.items():
+        yield slot, name, partial(refuse, "is not in the source any more, or lies behind a damaged part of it")
+
+
+def refuse(reason: str) -> None:
+    raise ValueError(reason)
+
+
+def run_jobs(jobs: Iterator[tuple[int, str, Callable]], faces: BinaryIO, bar: tqdm) -> dict[str, str]:
+    """Run the jobs on all cores and write each face at its slot of the file. Returns name -> reason of the failed."""
+    cores, waiting, failed = os.cpu_count() or 1, deque(), {}
+
+    def finish() -> None:
+        slot, name, future = waiting.popleft()
+        try:
+            face = future.result()
+        except Exception as error:  # Pillow's decoders raise every kind of error on hostile files
+            failed[name] = one_line(error)
+        else:
+            faces.seek(slot * face.nbytes)
+            faces.write(face.tobytes())
+            bar.update()
+
+    with ThreadPoolExecutor(cores) as pool:  # threads: Pillow decodes and resizes without holding the GIL
+        for slot, name, job in jobs:
+            waiting.append((slot, name, pool.submit(job)))
+            if len(waiting) > 4 * cores:  # bounds the memory of photos that are read but not yet decoded
+                finish()
+        while waiting:
+            finish()
+    return failed
+
+
+# Palettes of the drawn faces, each a line through colour space
+SKINS = np.array([(250, 218, 196), (234, 190, 156), (200, 146, 108), (128, 86, 62)])
+HAIRS = np.array([(175, 170, 168), (44, 36, 36), (84, 54, 36), (126, 84, 50), (212, 172, 104), (160, 76, 42)])
+IRISES = np.array([(70, 44, 28), (110, 78, 42), (84, 124, 82), (86, 132, 172)])
+CLOTHS = np.array([(200, 205, 210), (120, 150, 180), (150, 175, 150), (215, 195, 165), (170, 125, 125)])
+
+
+def mixed_colour(rng: np.random.Generator, palette: np.ndarray) -> np.ndarray:
+    """A colour between two neighbours of the palette: traits that vary smoothly are learnt quickly."""
+    index, part = divmod(rng.uniform(0, len(palette) - 1), 1)
+    return palette[int(index)] * (1 - part) + palette[int(index) + 1] * part
+
+
+def draw_face(rng: np.random.Generator, size: int) -> Image.Image:
+    """Draw a size×size portrait of nobody, in head coordinates: temples at u = ±1, crown and chin at v = ∓1."""
+    skin, hair, iris, wall, shirt = (mixed_colour(rng, p) for p in (SKINS, HAIRS, IRISES, CLOTHS, CLOTHS))
+    width, jaw, nose, eye, smile = rng.uniform((0.31, 0.1, 0.13, 0.08, 0), (0.36, 0.3, 0.2, 0.12, 0.15))
+    yaw, pitch, roll, light, part, brow, gape, feminine = rng.uniform(-1, 1, 8)
+    gape, length = max(0, gape), (feminine > 0) * (0.3 + 0.3 * feminine)  # half of each is nil
+    image = Image.fromarray(np.uint8(wall + rng.uniform(-40, 40, (2, 2, 1)))).resize((3 * size, 3 * size))
+    draw = ImageDraw.Draw(image, "RGBA")  # translucent ink; 3x too large, so that shrinking smooths the edges
+    across, arch = (wave(np.linspace(-np.pi / 2, np.pi / 2, 21)) for wave in (np.sin, np.cos))
+
+    def shape(u, top, bottom, colour, alpha=1.0, line=0):
+        v = np.append(top, bottom[::-1])  # the area between two curves over u
+        u = np.append(u, u[::-1]) * (1 - jaw * np.clip(v, 0, 1) ** 2)  # faces narrow towards the chin
+        depth = np.maximum(0, 1 - u * u - 0.5 * v * v)  # what stands out most turns most
+        z = (u + 0.25 * yaw * depth) * width + (v + 0.1 * pitch * depth) * 0.385j
+        points = ((z * np.exp(0.1j * roll) + 0.5 + 0.49j) * 3 * size).view(float).tolist()
+        ink = (*map(int, colour), int(255 * alpha))
+        draw.line(points, ink, line, "curve") if line else draw.polygon(points, ink)
+
+    def blob(u, v, half_width, up, down, colour, point=1, lift=0.0, **style):
+        middle, bulge = v - lift * across ** 2, arch ** point  # point 1: an oval, 2: a lens; lift its corners
+        shape(u + half_width * across, middle - up * bulge, middle + down * bulge, colour, **style)
+
+    blob(-0.07 * yaw, 0.02, 1.14, 0.34, 0.3, skin * 0.88)  # its ends are the ears
+    blob(0, 0.1 + length, 0.95 + 0.6 * length, 0.9 + 1.6 * length, 0.9 + 1.6 * length, hair * 0.75)
+    blob(0, 1.72, 2.2, 0.6, 0.6, shirt)
+    blob(0, 1.0, 0.62, 0.35, 0.35, skin * 0.78)
+    blob(0, 0, 1, 1, 1, skin)
+    shape(across, 0.4 - 0.4 * across ** 4, arch, hair, alpha=max(0, -0.8 - 1.7 * feminine))  # the beard
+    for s in (-0.42, 0.42):
+        blob(1.3 * s, 0.3, 0.2, 0.13, 0.13, skin * (1, 0.7, 0.68), alpha=0.2)  # the cheek
+        blob(s, -0.07, 0.21, eye, 0.08, (245, 243, 240), 2)
+        blob(s, -0.08, 0.1, 0.085, 0.085, iris)
+        blob(s, -0.08, 0.05, 0.043, 0.043, iris * 0.2)
+        blob(s, -0.07, 0.23, eye + 0.05, -eye, skin * 0.8, 2)
+        blob(s, -0.07, 0.22, eye + 0.02, 0.01 - eye, hair * 0.4, 2, alpha=0.7 + 0.3 * feminine)  # lashes
+        blob(s, -0.3 + 0.04 * brow, 0.25, 0.07 - 0.02 * feminine, -0.01, hair * 0.8, 2, -0.04)
+    blob(-0.08 * np.sign(light), 0.06, 0.06, 0.2, 0.2, skin * 0.85, alpha=0.4 * abs(light))  # the nose
+    blob(0, 0.28, nose, 0.1, 0.07, skin * 0.8, 2)
+    blob(0, 0.22, nose * 0.7, 0.1, 0.1, skin * 1.05)
+    lip = skin * (0.92, 0.61 - 0.07 * feminine, 0.63 - 0.05 * feminine)
+    blob(0, 0.56, 0.38, 0.06, 0.1 + 0.14 * gape, lip, 2, smile)
+    blob(0, 0.56, 0.33, 0.0, 0.03 + 0.15 * gape, lip * 0.5, 2, smile)
+    blob(0, 0.56, 0.3, 0.0, 0.11 * gape, (245, 243, 238), 2, smile, alpha=min(1, 3 * gape))
+    if length or rng.random() < 0.8:  # not bald
+        hairline = rng.uniform(-0.72, -0.42) + 0.2 * (across - 0.4 * part) ** 2 + 0.45 * across ** 10
+        shape(1.06 * across, -rng.uniform(1.08, 1.2) * arch, np.maximum(hairline, 0.15 - arch), hair)
+        blob(0.4 * light, -0.88, 0.45, 0.1, 0.0, hair * 1.3, 2, -0.12, alpha=0.3)
+    if rng.random() < 0.2:  # glasses
+        for s in (-0.42, 0.42):
+            blob(s, -0.05, 0.3, 0.22, 0.22, shirt * 0.3, line=max(1, size // 25))
+        blob(0, -0.08, 0.14, 0.08, -0.03, shirt * 0.3)
+    x = np.linspace(-1, 1, size)
+    glow = 1.05 - 0.13 * (x * x + x[:, None] ** 2) + 0.2 * light * x
+    return Image.fromarray((np.asarray(image.reduce(3)) * glow[..., None]).clip(0, 255).astype(np.uint8))
+
+
+def draw_face_array(seed: int, index: int, size: int) -> np.ndarray:
+    """Drawn face number `index` as (size, size, 3) uint8."""
+    return np.asarray(draw_face(np.random.default_rng([seed, index]), size))
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file so that a kill or a power cut at any moment leaves either the old content or the new one.
+
+    Temporary file in the same folder -> flush -> fsync -> replace -> fsync of the folder. OSErrors name `path`."""
+    temporary = path.with_name(f".gan-{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # Windows cannot open a folder; its journal orders the rename itself
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {one_line(error)}") from None
+
+
+def remove_orphans(folder: Path) -> None:
+    """Remove what a killed process left half written in one of our folders."""
+    for orphan in folder.glob(".gan-*"):
+        shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink(missing_ok=True)
+
+
+def read_manifest(data: Path) -> dict | None:
+    """The manifest of a dataset folder, or None where there is none of ours."""
+    try:
+        manifest = json.loads((data / "manifest.json").read_text("utf-8"))
+        return manifest if manifest["format"] == "gan.py faces" else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def check_data_folder(data: Path) -> None:
+    """Refuse to write a dataset into a folder that holds anything but a dataset of ours."""
+    if data.exists() and not data.is_dir():
+        raise UserError(f"{data} is a file: name another folder with --data")
+    names = os.listdir(data) if data.exists() else []
+    # A manifest.json or faces.png without a batch beside it is someone else's
+    ours = OUR_DATA_FILES if any(name.endswith(".pt.gz") for name in names) else re.compile(r"\.gan-.*")
+    foreign = [name for name in names if not ours.fullmatch(name)]
+    if foreign and read_manifest(data) is None:
+        raise UserError(f"{data} holds other files ({foreign[0]}): name another folder with --data")
+
+
+def find_source(settings: PrepareSettings) -> Path:
+    """The folder or archive to read photos from; a folder with no photo but one archive stands for the archive."""
+    if settings.download:
+        try:
+            import kagglehub
+        except ImportError:
+            raise UserError("--download needs the kagglehub library: pip install kagglehub") from None
+        try:
+            source = Path(kagglehub.dataset_download("atulanandjha/lfwpeople"))
+        except Exception as error:  # the library passes on whatever its network libraries raise
+            raise UserError(f"the download of atulanandjha/lfwpeople failed: {one_line(error)}") from None
+    else:
+        source = Path(settings.dataset or "dataset/lfwpeople/lfw_funneled")
+    if not source.exists():
+        if settings.dataset:
+            raise UserError(f"{source} does not exist: give --dataset a folder of photos, a .zip, .tar or .tgz")
+        raise UserError(f"no photos at {source}: name yours with --dataset PATH, fetch some with --download, "
+                        "or draw some with --demo")
+    if source.is_dir() and not any(True for _ in walk_folder(source)):
+        archives = sorted(path for path in source.rglob("*") if path.name.lower().endswith(ARCHIVE_SUFFIXES))
+        source = archives[0] if len(archives) == 1 else source
+    return source
+
+
+def collect_faces(settings: PrepareSettings, faces: BinaryIO) -> tuple[list[int], dict]:
+    """Find photos and decode them into a scratch file. Returns (the good faces' slots in it, facts for the manifest).
+
+    The file keeps memory bounded however many photos there are; slots make the result independent of the order in
+    which they are read. Where photos turn out bad, the next ones take their place until --limit is reached."""
+    size, source, skipped = settings.size, None if settings.demo else find_source(settings), {}
+    if source is None:
+        names = [f"drawn face {i}" for i in range(settings.limit or 2000)]
+    else:
+        entries = list(walk_source(source))
+        skipped = {entry.name: entry.problem for entry in entries if entry.problem}
+        names = [entry.name for entry in entries if not entry.problem]
+        names = choose_photos(names, settings.per_person, settings.seed)
+    found = len(names) if source is None else len(entries)
+    limit = min(settings.limit or len(names), len(names))
+    good, done = [], 0
+    with tqdm(total=limit, unit="face", desc="prepare", disable=not sys.stderr.isatty()) as bar:
+        while len(good) < limit and done < len(names):
+            wanted = max(limit - len(good), done // 2)  # few rounds through the source, however many photos are bad
+            batch = range(done, min(done + wanted, len(names)))
+            jobs = (((slot, names[slot], partial(draw_face_array, settings.seed, slot, size)) for slot in batch)
+                    if source is None else read_jobs(source, {names[slot]: slot for slot in batch},
+                                                     partial(decode_face, size=size, crop=settings.crop)))
+            failed = run_jobs(jobs, faces, bar)
+            skipped |= failed
+            good += [slot for slot in batch if names[slot] not in failed]
+            done = batch.stop
+    del good[limit:]
+    if not good:
+        first = "".join(f": {name!a} {reason}, for one" for name, reason in list(skipped.items())[:1])
+        raise UserError(f"no usable photo in {source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders and "
+                        f"skipped {len(skipped)}{first}")
+    return good, {"source": str(source or "drawn faces"), "photos_found": found,
+                  "skipped": [{"file": name, "reason": skipped[name]} for name in sorted(skipped)]}
+
+
+def prepare(settings: PrepareSettings) -> dict:
+    """Turn photos into a dataset folder and return its manifest.
+
+    The folder holds faces-NNNNN-HASH.pt.gz (gzipped uint8 tensors (n, 3, size, size), n <= 200), faces.png (the first
+    100 faces) and manifest.json. Batches are named by content and put in place first, the manifest after them: whoever
+    reads the folder sees the earlier dataset whole or the new one whole, whenever this process is killed."""
+    warnings.filterwarnings("ignore", module="PIL")  # decode_face judges what it gets by itself
+    data, size = Path(settings.data), settings.size
+    check_data_folder(data)
+    data.mkdir(parents=True, exist_ok=True)
+    remove_orphans(data)
+    scratch = data / f".gan-prepare-{os.getpid()}"
+    scratch.mkdir()
+    try:
+        with open(scratch / "faces", "wb") as file:
+            good, facts = collect_faces(settings, file)
+
+        def read_faces(slots: list[int]) -> Tensor:
+            with open(scratch / "faces", "rb") as file:
+                parts = [file.read(3 * size * size) for slot in slots if file.seek(slot * 3 * size * size) >= 0]
+            images = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
+            return images.view(-1, size, size, 3).permute(0, 3, 1, 2).contiguous()
+
+        def write_batch(start: int) -> dict:
+            images, buffer = read_faces(good[start:start + BATCH_FILE_FACES]), io.BytesIO()
+            torch.save(images, buffer)
+            packed = gzip.compress(buffer.getbuffer(), 1, mtime=0)  # photos hardly shrink more at higher levels
+            digest = hashlib.sha256(packed).hexdigest()
+            name = f"faces-{start // BATCH_FILE_FACES:05d}-{digest[:8]}.pt.gz"
+            atomic_write(scratch / name, packed)
+            return {"file": name, "count": len(images), "sha256": digest}
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            batches = list(pool.map(write_batch, range(0, len(good), BATCH_FILE_FACES)))
+        manifest = {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": size, "count": len(good),
+                    **facts, "settings": asdict(settings), "batches": batches}
+        sheet = png_bytes(grid_image(read_faces(good[:100])))
+        for batch in batches:
+            os.replace(scratch / batch["file"], data / batch["file"])
+        atomic_write(data / "manifest.json", json.dumps(manifest, indent=1).encode())
+        atomic_write(data / "faces.png", sheet)
+        for path in set(data.glob("faces-*.pt.gz")) - {data / batch["file"] for batch in batches}:
+            if OUR_DATA_FILES.fullmatch(path.name):
+                path.unlink()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return manifest
+
+
+def load_faces(data: Path) -> tuple[Tensor, list[dict]]:
+    """Read a dataset: (uint8 faces (N, 3, S, S), its list of batches). UserError names the file that is not whole."""
+    manifest = read_manifest(data)
+    if manifest is None:
+        raise UserError(f"no dataset in {data}: make one with `gan.py prepare`, or name yours with --data")
+    if manifest.get("version") != DATASET_FORMAT:
+        raise UserError(f"{data / 'manifest.json'} is of another version of gan.py: run `gan.py prepare` again")
+    try:
+        size, batches = manifest["image_size"], manifest["batches"]
+        faces, start = torch.empty(manifest["count"], 3, size, size, dtype=torch.uint8), 0
+        for batch in batches:
+            path = data / batch["file"]
+            packed = path.read_bytes()
+            if hashlib.sha256(packed).hexdigest() != batch["sha256"]:
+                raise UserError(f"{path} is damaged (its SHA-256 is not the manifest's): run `gan.py prepare` again")
+            part = torch.load(io.BytesIO(gzip.decompress(packed)), weights_only=True)
+            faces[start:start + len(part)] = part
+            start += len(part)
+        if start != len(faces):
+            raise ValueError(f"{start} faces in the batches, {len(faces)} in the manifest")
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: run `gan.py prepare` again") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        problem = f"{data / 'manifest.json'} is damaged ({one_line(error)})"
+        raise UserError(f"{problem}: run `gan.py prepare` again") from None
+    return faces, batches
+
+
+def to_face(images: Tensor) -> Tensor:
+    """uint8 images in 0..255 -> float faces in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_image(faces: Tensor) -> Tensor:
+    """Float faces in [-1, 1] -> uint8 images on the CPU; the inverse of to_face, to the nearest value."""
+    return ((faces.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def grid_image(images: Tensor, columns: int = 10, gap: int = 2) -> Image.Image:
+    """uint8 images (N, 3, S, S) as one picture, row by row, `gap` white pixels apart."""
+    count, _, size, _ = images.shape
+    cell, rows = size + gap, math.ceil(count / columns)
+    canvas = np.full((rows * cell + gap, min(columns, count) * cell + gap, 3), 255, np.uint8)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = gap + i // columns * cell, gap + i % columns * cell
+        canvas[top:top + size, left:left + size] = image
+    return Image.fromarray(canvas)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """An image as a PNG file; the fastest compression, which for photos is hardly larger than the best."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+# ================================================================================================
+# Networks: DCGAN's shapes (arXiv 1511.06434), from a base of 4 to 7 pixels, one stage a doubling
+# ================================================================================================
+
+def stage_channels(size: int, width: int) -> tuple[int, list[int]]:
+    """(base, channels of the stages from the smallest to the largest): 80, 64 -> (5, [512, 256, 128, 64])."""
+    base, doublings = size, 0
+    while base > 7:
+        base, doublings = base // 2, doublings + 1
+    return base, [width * min(8, 2 ** stage) for stage in reversed(range(doublings))]
+
+
+class InstanceNorm(nn.Module):
+    """Instance normalisation with learned scale and shift, (N, C, H, W) -> same (arXiv 1607.08022).
+
+    Written out, because the library's copies channels-last memory to and fro and its second derivative,
+    which the gradient penalty needs, is slower than that of these few operations."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, (2, 3), keepdim=True, correction=0)
+        scale = torch.rsqrt(variance + 1e-5) * self.weight[:, None, None]
+        return (x - mean) * scale + self.bias[:, None, None]
+
+
+class Generator(nn.Module):
+    """Latent vectors (N, 128), standard normal, -> faces (N, 3, size, size) in [-1, 1]. Shapes for 80 and width 64."""
+
+    def __init__(self, size: int = 80, width: int = 64):
+        super().__init__()
+        base, channels = stage_channels(size, width)
+        layers = [nn.ConvTranspose2d(LATENT_SIZE, channels[0], base, bias=False),  # (N, 512, 5, 5)
+                  nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
+        for before, after in zip(channels, channels[1:]):  # (N, 256, 10, 10), (N, 128, 20, 20), (N, 64, 40, 40)
+            layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
+                       nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+        layers += [nn.ConvTranspose2d(channels[-1], 3, 4, stride=2, padding=1, bias=False), nn.Tanh()]  # (N, 3, 80, 80)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z[:, :, None, None])
+
+
+class Discriminator(nn.Module):
+    """Faces (N, 3, size, size) in [-1, 1] -> scores (N,): logits or a critic's values, never squashed here."""
+
+    def __init__(self, size: int = 80, width: int = 64, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
+        super().__init__()
+        base, channels = stage_channels(size, width)
+        channels = channels[::-1]
+        layers = [nn.Conv2d(3, channels[0], 4, stride=2, padding=1, bias=False), nn.LeakyReLU(0.2)]  # (N, 64, 40, 40)
+        for before, after in zip(channels, channels[1:]):  # (N, 128, 20, 20), (N, 256, 10, 10), (N, 512, 5, 5)
+            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1, bias=False), norm(after), nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(channels[-1], 1, base, bias=False)]  # (N, 1, 1, 1)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).flatten()
+
+
+def random_stream(purpose: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of random numbers that are independent of those for other purposes with the same seed."""
+    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def seeded(seed: int, make: Callable[..., nn.Module], *arguments) -> nn.Module:
+    """A network with torch's default weights, drawn on the CPU from the seed alone, so the same for every device.
+
+    DCGAN's N(0, 0.02) would give a critic with InstanceNorm gradients of norm 10 and more at first: Adam remembers them
+    for a thousand updates, in which it hardly moves."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_stream(make.__name__, seed).initial_seed())
+        return make(*arguments)
+
+
+# ================================================================================================
+# Objectives: one class per GAN; nothing else in this file asks which GAN it is
+# ================================================================================================
+
+class Objective:
+    """What one GAN asks of the training loop.
+
+    Each adds optimizer(network), the paper's; discriminator_loss(real, fake) and generator_loss(fake), from scores
+    (N,), (M,) of the discriminator to a scalar; accuracies(real, fake), from scores to both accuracies in [0, 1]."""
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d  # of the discriminator
+
+    def __init__(self, settings: TrainSettings):
+        self.clip = settings.clip
+
+    def penalty(self, discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+        """What a discriminator update adds to its loss; faces (N, 3, S, S), mix (N,) uniform in [0, 1]: nothing."""
+        return real.new_zeros(())
+
+    def constrain(self, discriminator: nn.Module) -> None:
+        """What is done to the weights after a discriminator update. Here nothing."""
+
+
+class DCGAN(Objective):
+    """Cross-entropy GAN with the non-saturating generator loss (arXiv 1406.2661, 1511.06434); scores are logits."""
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(-real).mean() + F.softplus(fake).mean()  # -log σ(real) - log(1 - σ(fake))
+
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        return F.softplus(-fake).mean()  # -log σ(fake)
+
+    def accuracies(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """A logit above 0 calls a face real."""
+        fooled = (fake > 0).float().mean()
+        return ((real > 0).float().mean() + 1 - fooled) / 2, fooled
+
+
+class WGAN(Objective):
+    """Wasserstein GAN with clipped weights (arXiv 1701.07875)."""
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.RMSprop(network.parameters(), lr=5e-5)
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        return fake.mean() - real.mean()  # minus the estimate of the Wasserstein distance
+
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        return -fake.mean()
+
+    def accuracies(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """A critic's scores have no zero, so it is right about a pair when the real one scores higher (over all N·M
+        pairs this is the area under its ROC curve), and a fake passes at or above the reals' mean score."""
+        return (real[:, None] > fake[None, :]).float().mean(), (fake >= real.mean()).float().mean()
+
+    def constrain(self, discriminator: nn.Module) -> None:
+        """Clip all weights to ±clip."""
+        with torch.no_grad():
+            for weight in discriminator.parameters():
+                weight.clamp_(-self.clip, self.clip)
+
+
+class WGANGP(WGAN):
+    """Wasserstein GAN with gradient penalty (arXiv 1704.00028)."""
+    norm = InstanceNorm  # BatchNorm would tie a sample's gradient to the rest of its minibatch
+    constrain = Objective.constrain  # the penalty takes the place of the clipping
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.0, 0.999), fused=True)
+
+    def penalty(self, discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+        """10 · mean over samples of (‖gradient‖ - 1)² at real·mix + fake·(1 - mix); the Euclidean norm is taken
+        over all inputs of a sample."""
+        between = torch.lerp(fake, real, mix[:, None, None, None]).requires_grad_()
+        gradient, = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
+        return 10 * (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+OBJECTIVES = {"DCGAN": DCGAN, "WGAN": WGAN, "WGAN-GP": WGANGP}
+
+
+# ================================================================================================
+# Balance: which network trains on the next minibatch
+# ================================================================================================
+
+class Balance:
+    """Decides which network trains. Pure: accuracies in, 'discriminator' or 'generator' out.
+
+    Rule 'accuracy': where the generator's accuracy / 2 >= the discriminator's, the discriminator is behind and trains
+    on this minibatch and the next 4; otherwise the generator trains once. Rule N: N discriminator updates, then one
+    generator update."""
+    RUN_LENGTH = 5
+
+    def __init__(self, rule: str | int = "accuracy", discriminator_left: int | None = None):
+        self.rule = rule
+        first = rule if isinstance(rule, int) else 0
+        self.discriminator_left = first if discriminator_left is None else discriminator_left
+
+    @property
+    def decided(self) -> bool:
+        """Whether the discriminator trains next whatever the accuracies are (a run of its updates lasts)."""
+        return self.discriminator_left > 0
+
+    def choose(self, discriminator_accuracy: float, generator_accuracy: float) -> str:
+        """The network to train on this minibatch, from the accuracies in [0, 1] measured on it."""
+        if self.discriminator_left > 0:
+            self.discriminator_left -= 1
+            return "discriminator"
+        if isinstance(self.rule, int):
+            self.discriminator_left = self.rule
+        elif generator_accuracy / 2 >= discriminator_accuracy:
+            self.discriminator_left = self.RUN_LENGTH - 1
+            return "discriminator"
+        return "generator"
+
+
+# ================================================================================================
+# Run directory: checkpoints, log, sample grids, curves; a kill at any moment leaves them readable
+# ================================================================================================
+
+@dataclass
+class Progress:
+    """How far a run is. `epoch` counts finished passes, `minibatch` those done of the next one."""
+    epoch: int = 0
+    minibatch: int = 0
+    images_seen: int = 0
+    discriminator_updates: int = 0
+    generator_updates: int = 0
+    averaged_at: int = 0  # images_seen when the averaged generator was last updated
+    seconds: float = 0.0  # spent in the unfinished epoch
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Write plain types and tensors as a file for torch.load(weights_only=True), atomically.
+
+    torch's reader does not look at the checksums inside its zip format, so the SHA-256 of the whole file stands in
+    the zip's comment, where any reader of zip files passes it over."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(-2, io.SEEK_END)  # a zip ends with the length of its comment
+    buffer.write((64).to_bytes(2, "little"))
+    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+    atomic_write(path, buffer.getbuffer())
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read a checkpoint to the CPU. UserError, and nothing of it executed, where it is not whole or not ours."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
+    if hashlib.sha256(data[:-64]).hexdigest().encode() != data[-64:]:
+        raise UserError(f"{path} is damaged or no checkpoint of gan.py")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if state["version"] == CHECKPOINT_FORMAT:
+            return state
+        problem = f"has format {state['version']}, this gan.py reads {CHECKPOINT_FORMAT}"
+    except Exception as error:  # the safe loader raises several kinds of error on what it refuses
+        problem = f"is no checkpoint of gan.py ({one_line(error)[:80]})"
+    raise UserError(f"{path} {problem}")
+
+
+def kept_checkpoints(run: Path) -> dict[int, Path]:
+    """Epoch -> file of the checkpoints that are kept, in order."""
+    found = {int(path.stem[6:]): path for path in run.glob("epoch-*.pt") if path.stem[6:].isdecimal()}
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(run: Path, which: str | None) -> Path:
+    """The file that --checkpoint WHICH means: best, last, an epoch number or a file; None: best if known, else last."""
+    if not run.is_dir():
+        raise UserError(f"no run in {run}: train one with `gan.py train`, or name yours with --run")
+    named = {"best": run / "best.pt", "last": run / "last.pt"} | {str(e): p for e, p in kept_checkpoints(run).items()}
+    if which is None:
+        path = named["best"] if named["best"].exists() else named["last"]
+    else:
+        path = named.get(str(int(which)) if which.isdecimal() else which.lower(), Path(which))
+    if not path.is_file():
+        there = ", ".join(name for name, file in named.items() if file.exists())
+        raise UserError(f"no checkpoint {which or 'last'} in {run}" + (f": there are {there}" if there else " yet"))
+    return path
+
+
+def newest_good_checkpoint(run: Path) -> dict | None:
+    """The state to go on from: last.pt, else the newest whole one; None in a new run. Says what it passes over."""
+    last, previous = run / "last.pt", run / "previous.pt"
+    paths = [path for path in [last, previous, *reversed(kept_checkpoints(run).values())] if path.exists()]
+    if not paths:
+        return None
+    good = []
+    for path in paths:
+        try:
+            good.append((read_checkpoint(path), path))
+        except UserError as error:
+            say(f"passed over: {error}")
+            if path == last:
+                os.replace(last, run / "last.pt.damaged")  # the next save must not put it in the place of previous.pt
+        if good and path != previous:
+            break  # those behind are older
+    if not good:
+        raise UserError(f"no checkpoint in {run} can be read: start anew with another --run")
+    state, path = max(good, key=lambda pair: pair[0]["progress"]["images_seen"])
+    say(f"going on from {path}, epoch {state['progress']['epoch']}")
+    return state
+
+
+def save_last(run: Path, state: dict) -> None:
+    """Replace last.pt; the one before stays as previous.pt, so that a good one exists at every moment."""
+    fresh = run / ".gan-last.pt"
+    write_checkpoint(fresh, state)
+    if (run / "last.pt").exists():
+        os.replace(run / "last.pt", run / "previous.pt")
+    os.replace(fresh, run / "last.pt")
+
+
+def read_log(run: Path, up_to_epoch: float = math.inf) -> list[dict]:
+    """The lines of log.jsonl, without those of later epochs and a last one that a kill cut short."""
+    lines = []
+    try:
+        for text in (run / "log.jsonl").read_text("utf-8").splitlines():
+            lines.append(json.loads(text))
+    except (FileNotFoundError, ValueError):
+        pass
+    return [line for line in lines if line["epoch"] <= up_to_epoch]
+
+
+def append_log(run: Path, line: dict) -> None:
+    """Add a line to log.jsonl; one that a kill cuts short is dropped and made again when the run goes on."""
+    try:
+        with open(run / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {run / 'log.jsonl'}: {one_line(error)}") from None
+
+
+def draw_curves(run: Path, lines: list[dict]) -> None:
+    """Draw curves.png: accuracies, losses and the share of discriminator updates over the epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    FigureCanvasAgg(figure)  # draws to memory: no window, no display needed
+    panels = figure.subplots(3, 1, sharex=True)
+    contents = [("accuracy", ["discriminator_accuracy", "generator_accuracy"]),
+                ("loss", ["discriminator_loss", "generator_loss", "gradient_penalty"]),
+                ("share of discriminator updates", ["discriminator_share"])]
+    epochs = [line["epoch"] for line in lines]
+    for panel, (title, names) in zip(panels, contents):
+        for name in names:
+            values = [math.nan if line[name] is None else line[name] for line in lines]
+            panel.plot(epochs, values, label=name.replace("_", " "), marker="." if len(lines) < 50 else "")
+        panel.set_ylabel(title)
+        panel.grid(alpha=0.3)
+        if title != "loss":
+            panel.set_ylim(-0.02, 1.02)
+        if len(names) > 1:
+            panel.legend(loc="best", fontsize="small")
+    panels[-1].set_xlabel("epoch")
+    panels[0].set_title(str(run))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    atomic_write(run / "curves.png", buffer.getbuffer())
+
+
+class RunLock:
+    """Holds a run folder for one training process. The system lets go of it when the process ends, however it ends."""
+
+    def __init__(self, run: Path):
+        self.path = run / "train.lock"
+
+    def __enter__(self) -> RunLock:
+        self.file = open(self.path, "a+")
+        try:
+            if os.name == "posix":
+                import fcntl
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+                self.file.seek(2 ** 30)  # locks one byte far behind the text, which others may then read
+                msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            self.file.close()
+            raise UserError(f"{self.path.parent} is being trained by process {self.path.read_text().strip()}: wait for "
+                            "it, or name another folder with --run") from None
+        self.file.truncate(0)
+        self.file.write(str(os.getpid()))
+        self.file.flush()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+
+# ================================================================================================
+# Training
+# ================================================================================================
+
+COLUMNS = ("discriminator_accuracy", "generator_accuracy", "discriminator_loss", "generator_loss", "gradient_penalty",
+           "discriminator_share")  # what each minibatch measures
+AVERAGE_HALF_LIFE_IMAGES = 10_000  # of the averaged generator, shorter in the beginning of a run
+AVERAGE_RAMP = 0.05  # then its half-life is this share of the images seen
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU. UserError where the one asked for is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name != "auto" and not available[name]:
+        raise UserError(f"--device {name} is not available here: leave it out, or say cpu")
+    return torch.device(next(device for device in available if available[device]) if name == "auto" else name)
+
+
+def channels_last(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on its device, in the memory layout in which convolutions are fastest."""
+    return network.to(device, memory_format=torch.channels_last)
+
+
+class Pair:
+    """Generator and discriminator, the averaged generator, the optimizers and the random numbers of a run."""
+
+    def __init__(self, settings: TrainSettings, size: int, device: torch.device):
+        self.objective = OBJECTIVES[settings.model](settings)
+        self.generator = channels_last(seeded(settings.seed, Generator, size, settings.width), device)
+        self.discriminator = channels_last(
+            seeded(settings.seed, Discriminator, size, settings.width, self.objective.norm), device)
+        self.averaged = copy.deepcopy(self.generator)
+        self.optimizers = {"generator": self.objective.optimizer(self.generator),
+                           "discriminator": self.objective.optimizer(self.discriminator)}
+        self.random = random_stream("latent vectors", settings.seed, device)
+        self.device = device
+        self.progress = Progress()
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator, "discriminator": self.discriminator, "averaged": self.averaged}
+
+    def train_on(self, real: Tensor, balance: Balance) -> Tensor:
+        """Measure both accuracies on a minibatch of faces and train the network whose turn it is.
+
+        Returns a row of COLUMNS on the device. Each side computes only its own gradients: backward(inputs=...) follows
+        the graph to those weights alone, and while a run of discriminator updates lasts the generator has no graph."""
+        z = torch.randn(len(real), LATENT_SIZE, generator=self.random, device=self.device)
+        with torch.set_grad_enabled(not balance.decided):
+            fake = self.generator(z)
+        real_scores, fake_scores = self.discriminator(real), self.discriminator(fake)
+        with torch.no_grad():
+            accuracies = self.objective.accuracies(real_scores, fake_scores)
+        turn = balance.choose(*((0, 0) if balance.decided else map(float, accuracies)))
+        loss = {"discriminator": self.objective.discriminator_loss(real_scores, fake_scores),
+                "generator": self.objective.generator_loss(fake_scores)}
+        penalty = loss["discriminator"].new_full((), math.nan)
+        if turn == "discriminator":
+            mix = torch.rand(len(real), generator=self.random, device=self.device)
+            penalty = self.objective.penalty(self.discriminator, real, fake.detach(), mix)
+            self.step(turn, loss[turn] + penalty)
+            self.objective.constrain(self.discriminator)
+        else:
+            self.step(turn, loss[turn])
+        self.count(len(real), turn)
+        return torch.stack([*accuracies, loss["discriminator"].detach(), loss["generator"].detach(), penalty.detach(),
+                            torch.full_like(penalty, turn == "discriminator")])
+
+    def step(self, turn: str, loss: Tensor) -> None:
+        """One optimizer step of one network, down the gradient of its weights alone."""
+        self.optimizers[turn].zero_grad()
+        loss.backward(inputs=list(self.networks()[turn].parameters()))
+        self.optimizers[turn].step()
+
+    def count(self, images: int, turn: str) -> None:
+        """Advance the counters and, after a generator update, the averaged generator (as arXiv 1710.10196 does)."""
+        progress = self.progress
+        progress.minibatch += 1
+        progress.images_seen += images
+        if turn == "discriminator":
+            progress.discriminator_updates += 1
+            return
+        progress.generator_updates += 1
+        half_life = min(AVERAGE_HALF_LIFE_IMAGES, AVERAGE_RAMP * progress.images_seen)
+        weight = 1 - 0.5 ** ((progress.images_seen - progress.averaged_at) / half_life)
+        progress.averaged_at = progress.images_seen
+        with torch.no_grad():
+            for mean, value in zip(self.averaged.state_dict().values(), self.generator.state_dict().values()):
+                mean.lerp_(value, weight) if mean.is_floating_point() else mean.copy_(value)  # BatchNorm's counter
+
+    def state(self) -> dict:
+        """All that must be saved to go on exactly, in plain types and tensors."""
+        return {"networks": {name: network.state_dict() for name, network in self.networks().items()},
+                "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+                "random": self.random.get_state(), "device": self.device.type, "progress": asdict(self.progress)}
+
+    def load_state(self, state: dict) -> None:
+        """Take over what `state` returned, on this or another kind of device."""
+        for name, network in self.networks().items():
+            network.load_state_dict(state["networks"][name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.progress = Progress(**state["progress"])
+        if state["device"] == self.device.type:
+            self.random.set_state(state["random"])
+        else:  # the generators of devices differ: go on with new numbers, the same at each such change
+            self.random.manual_seed(self.random.initial_seed() + self.progress.images_seen)
+
+
+class ProgressBar:
+    """Shows how training goes: a bar on a terminal, otherwise a line an epoch."""
+
+    def __init__(self, epochs: int, images_an_epoch: int, progress: Progress):
+        self.epochs, self.images, self.progress = epochs, images_an_epoch, progress
+        self.on_terminal = sys.stderr.isatty()
+        self.started, self.images_before = time.monotonic(), progress.images_seen
+
+    def __enter__(self) -> ProgressBar:
+        self.bar = tqdm(total=self.epochs * self.images, initial=self.progress.images_seen, unit="img", smoothing=0.05,
+                        disable=not self.on_terminal, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def show(self, stats: Tensor | None, images: int) -> None:
+        """Advance by a minibatch; `stats`, its epoch's rows so far, where they may be read without a wait."""
+        self.bar.update(images)
+        if stats is not None and self.on_terminal:
+            self.bar.set_description(f"epoch {self.progress.epoch + 1}/{self.epochs}", refresh=False)
+            discriminator, generator, *_, share = stats.mean(0).tolist()
+            self.bar.set_postfix_str(f"acc D {discriminator:.2f} G {generator:.2f}, D trained {share:.0%}", False)
+
+    def line(self, entry: dict) -> None:
+        """Tell of a finished epoch where no bar can."""
+        if not self.on_terminal:
+            speed = (self.progress.images_seen - self.images_before) / max(time.monotonic() - self.started, 1e-9)
+            left = (self.epochs - entry["epoch"]) * self.images / speed
+            say(f"epoch {entry['epoch']}/{self.epochs}: {speed:.1f} img/s, {tqdm.format_interval(left)} left, "
+                f"acc D {entry['discriminator_accuracy']:.2f} G {entry['generator_accuracy']:.2f}, "
+                f"D trained {entry['discriminator_share']:.0%}")
+
+
+class StopRequest:
+    """While entered, Ctrl-C and SIGTERM only set `code` (130, 143), the exit code; a second one ends at once."""
+    code: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def handle(self, number: int, frame) -> None:
+        if self.code is not None:
+            os._exit(128 + number)  # writes are atomic: whatever was being written, the last checkpoint is whole
+        self.code = 128 + number
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def check_resumable(settings: TrainSettings, size: int, batches: list[dict], state: dict, run: Path) -> None:
+    """Refuse to go on with another network or with other faces than the run began with."""
+    then = state["settings"]
+    changed = [f"--{f.name.replace('_', '-')} {then[f.name]} (now {getattr(settings, f.name)})"
+               for f in fields(settings) if f.metadata["fixed"] and then[f.name] != getattr(settings, f.name)]
+    if state["image_size"] != size:
+        changed.append(f"{state['image_size']}-pixel faces (now {size})")
+    if changed:
+        raise UserError(f"{run} was begun with {', '.join(changed)}: say the same again, or name another --run")
+    for batch in batches:
+        if batch["sha256"] not in state["faces"]:
+            raise UserError(f"the faces changed since {run} began: {Path(settings.data) / batch['file']} was not among "
+                            "them. Prepare them again as they were, or name another --run")
+    if len(batches) != len(state["faces"]):
+        raise UserError(f"the faces changed since {run} began: {Path(settings.data) / 'manifest.json'} lists fewer. "
+                        "Prepare them again as they were, or name another --run")
+
+
+def check_finite(pair: Pair, stats: Tensor, run: Path) -> None:
+    """Stop a run whose numbers are not finite before anything of it is saved."""
+    progress, problem = pair.progress, ""
+    for name, network in pair.networks().items():
+        if not all(weight.isfinite().all() for weight in network.parameters()):
+            problem = f"the weights of the {name} are not finite in epoch {progress.epoch + 1}"
+            break
+    bad = ~stats[:progress.minibatch, 2:4].isfinite()
+    if bad.any():
+        minibatch, column = bad.nonzero()[0].tolist()
+        network = COLUMNS[2 + column].removesuffix("_loss")
+        problem = f"the loss of the {network} is not finite since epoch {progress.epoch + 1}, minibatch {minibatch + 1}"
+    if problem:
+        good = [epoch for epoch in kept_checkpoints(run) if epoch <= progress.epoch]
+        last = f"--checkpoint {good[-1]}" if good else ""
+        raise UserError(f"{problem}: stopped, {run / 'last.pt'} is from before. The last good kept checkpoint is "
+                        + (f"epoch {good[-1]}; go on from it with: gan.py train --run {run} {last}" if good else
+                           f"none yet; last.pt is gone on from with: gan.py train --run {run}"))
+
+
+def epoch_line(pair: Pair, stats: Tensor, seconds: float) -> dict:
+    """What log.jsonl says of a finished epoch: means over its minibatches. Only `seconds` depends on the clock."""
+    means = dict(zip(COLUMNS, stats.double().nanmean(0).tolist()))
+    progress = pair.progress
+    return {"epoch": progress.epoch, "images_seen": progress.images_seen,
+            "discriminator_updates": progress.discriminator_updates, "generator_updates": progress.generator_updates,
+            **{name: None if math.isnan(mean) else round(mean, 6) for name, mean in means.items()},
+            "seconds": round(seconds, 2)}
+
+
+def open_run(settings: TrainSettings, run: Path, size: int, batches: list[dict]) -> dict | None:
+    """Make a run folder ready to train in and return the state to go on from, None for a new run."""
+    remove_orphans(run)
+    if settings.checkpoint:
+        path = find_checkpoint(run, settings.checkpoint)
+        state = read_checkpoint(path)
+        say(f"going on from {path}, epoch {state['progress']['epoch']}")
+    else:
+        state = newest_good_checkpoint(run)
+    if state:
+        check_resumable(settings, size, batches, state, run)
+    else:
+        say(f"starting a new run in {run}")
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                "gan.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+    config = {"settings": asdict(settings), "image_size": size, "versions": versions}
+    atomic_write(run / "config.json", json.dumps(config, indent=1).encode())
+    return state
+
+
+def train(settings: TrainSettings) -> int:
+    """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, or 130/143 when asked to stop."""
+    device = pick_device(settings.device)
+    faces, batches = load_faces(Path(settings.data))
+    run = Path(settings.run or f"runs/{settings.model.lower()}")
+    (run / "samples").mkdir(parents=True, exist_ok=True)
+    with RunLock(run), StopRequest() as stop:
+        size, count, batch_size = faces.shape[-1], len(faces), min(settings.batch_size, len(faces))
+        state = open_run(settings, run, size, batches)
+        pair = Pair(settings, size, device)
+        balance = Balance(settings.balance)
+        minibatches = count // batch_size
+        stats = torch.zeros(minibatches, len(COLUMNS), device=device)
+        progress = pair.progress
+        if state:
+            pair.load_state(state)
+            progress = pair.progress
+            stats.copy_(state["stats"])
+            if state["settings"]["balance"] == settings.balance:
+                balance.discriminator_left = state["discriminator_left"]
+        log = read_log(run, progress.epoch)
+        atomic_write(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+        if progress.epoch >= settings.epochs:
+            say(f"{run} has {progress.epoch} epochs already: ask for more with --epochs")
+            return 0
+        say(f"{settings.model}, {count:,} faces of {size}×{size} pixels, "
+            f"on {device} ({torch.get_num_threads()} CPU threads), seed {settings.seed}")
+        if count < 500:
+            say(f"only {count} faces: expect the generator to learn them by heart")
+
+        fixed_z = draw_latents(100, settings.seed)
+
+        def save_grid(epoch: int) -> None:
+            picture = png_bytes(grid_image(draw(pair.averaged, fixed_z)))
+            atomic_write(run / "samples" / f"epoch-{epoch:05d}.png", picture)
+
+        if not state:
+            atomic_write(run / "samples" / "real.png", png_bytes(grid_image(faces[:100])))
+            save_grid(0)
+        faces = faces.to(device)  # as uint8: four times less memory and traffic than float faces
+
+        def save(path: Path | None = None) -> None:
+            check_finite(pair, stats, run)
+            state = {"version": CHECKPOINT_FORMAT, "settings": asdict(settings), "image_size": size,
+                     "faces": [batch["sha256"] for batch in batches], "stats": stats.cpu(),
+                     "discriminator_left": balance.discriminator_left, **pair.state()}
+            write_checkpoint(path, state) if path else save_last(run, state)
+
+        with ProgressBar(settings.epochs, minibatches * batch_size, progress) as bar:
+            while progress.epoch < settings.epochs:
+                # The order depends on seed and epoch alone, so a resumed epoch goes on in the order it began with.
+                shuffle = random_stream(f"order of epoch {progress.epoch}", settings.seed)
+                order = torch.randperm(count, generator=shuffle)
+                started = time.monotonic() - progress.seconds
+                while progress.minibatch < minibatches:
+                    picked = order[progress.minibatch * batch_size:][:batch_size].to(device)
+                    real = to_face(faces[picked]).contiguous(memory_format=torch.channels_last)
+                    measured = not balance.decided
+                    row = progress.minibatch
+                    stats[row] = pair.train_on(real, balance)
+                    bar.show(stats[:row + 1] if measured else None, batch_size)  # no wait for the device otherwise
+                    if stop.code:
+                        break
+                progress.seconds = time.monotonic() - started
+                if progress.minibatch == minibatches:
+                    check_finite(pair, stats, run)
+                    progress.epoch, progress.minibatch = progress.epoch + 1, 0
+                    log.append(epoch_line(pair, stats, progress.seconds))
+                    progress.seconds = 0.0
+                    append_log(run, log[-1])
+                    bar.line(log[-1])
+                    last = progress.epoch >= settings.epochs
+                    if last or progress.epoch % settings.sample_every == 0:
+                        save_grid(progress.epoch)
+                    if progress.epoch % settings.keep_every == 0:
+                        save(run / f"epoch-{progress.epoch:05d}.pt")
+                    if last or progress.epoch % settings.save_every == 0:
+                        save()
+                        draw_curves(run, log)
+                if stop.code:
+                    save()
+                    say(f"stopped in epoch {progress.epoch + 1} and saved; the same command goes on from there")
+                    return stop.code
+    say(f"done: {progress.epoch} epochs in {run}; now `gan.py generate --run {run}` or `gan.py eval --run {run}`")
+    return 0
+
+
+# ================================================================================================
+# Drawing faces: the one way from latent vectors to pictures, for samples, generate and the server
+# ================================================================================================
+
+@torch.inference_mode()
+def draw(generator: nn.Module, z: Tensor, chunk: int = 100) -> Tensor:
+    """Latent vectors (N, 128) -> uint8 images (N, 3, S, S) on the CPU, `chunk` at a time.
+
+    In evaluation mode, so that a face does not depend on the others drawn with it."""
+    device = next(generator.parameters()).device
+    training = generator.training
+    generator.eval()
+    images = torch.cat([to_image(generator(part.to(device))) for part in z.split(chunk)])
+    generator.train(training)
+    return images.contiguous()
+
+
+def draw_latents(count: int, seed: int, min_abs: float = 0.0) -> Tensor:
+    """Latent vectors (count, 128), standard normal; with min_abs, given that no number is nearer to 0 than that.
+
+    Vectors with many numbers near 0 draw malformed faces: in training a vector's length is near sqrt(128)."""
+    random = torch.Generator().manual_seed(seed)
+    if min_abs == 0:
+        return torch.randn(count, LATENT_SIZE, generator=random)
+    tail = (1 - math.erf(min_abs / math.sqrt(2))) / 2  # probability beyond min_abs on one side
+    uniform = torch.rand(count, LATENT_SIZE, generator=random, dtype=torch.float64)
+    size = -torch.special.ndtri((uniform * tail).clamp_min(1e-300)).clamp(max=-min_abs)
+    sign = torch.randint(0, 2, (count, LATENT_SIZE), generator=random) * 2 - 1
+    return (size * sign).float()
+
+
+def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
+    """The averaged generator of a checkpoint, in evaluation mode, and what is known of it: model, epoch, image_size."""
+    state = read_checkpoint(path)
+    settings = state["settings"]
+    generator = Generator(state["image_size"], settings["width"])
+    generator.load_state_dict(state["networks"]["averaged"])
+    facts = {"model": settings["model"], "epoch": state["progress"]["epoch"], "image_size": state["image_size"]}
+    return channels_last(generator, device).eval().requires_grad_(False), facts
+
+
+def newest_run() -> Path:
+    """The run in runs/ that was saved last."""
+    saved = sorted(Path("runs").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not saved:
+        raise UserError("no run in runs/: train one with `gan.py train`, or name yours with --run")
+    return saved[-1].parent
+
+
+def generate(settings: GenerateSettings) -> int:
+    """Write --count faces as PNGs and one grid of the first 100 of them. Returns the exit code."""
+    run = Path(settings.run) if settings.run else newest_run()
+    path = find_checkpoint(run, settings.checkpoint)
+    generator, facts = load_generator(path, pick_device(settings.device))
+    out = Path(settings.out) if settings.out else run / "generated"
+    out.mkdir(parents=True, exist_ok=True)
+    z = draw_latents(settings.count, settings.seed, settings.min_abs)
+    digits = max(5, len(str(settings.count - 1)))
+    with tqdm(total=settings.count, unit="face", desc="generate", disable=not sys.stderr.isatty()) as bar:
+        for start, part in enumerate(z.split(100)):
+            images = draw(generator, part)
+            if start == 0:
+                atomic_write(out / "grid.png", png_bytes(grid_image(images)))
+            for i, image in enumerate(images.permute(0, 2, 3, 1).numpy(), start * 100):
+                atomic_write(out / f"face-{i:0{digits}d}.png", png_bytes(Image.fromarray(image)))
+                bar.update()
+    say(f"{settings.count} faces of {path} (epoch {facts['epoch']}, seed {settings.seed}) in {out}; look at grid.png")
+    return 0
+
+
+# ================================================================================================
+# Server: a pure function from request to response, and a thin handler around it
+# ================================================================================================
+
+MAX_REQUEST_LINE = 16_384  # bytes; a vector takes about 2,000
+MAX_HEADER_BYTES = 32_768
+MAX_BODY_BYTES = 65_536  # read and thrown away: nothing here takes a body
+MAX_CONNECTIONS = 256
+REQUEST_SECONDS = 10  # to send a request and take the answer, or to stay idle
+MAX_ABS_VALUE = 100.0  # of a number of z; far beyond it the network overflows
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Response:
+    """An HTTP response."""
+    status: int
+    kind: str
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class BadRequest(Exception):
+    """A request that cannot be answered: a 4xx status and one line of text."""
+
+    def __init__(self, status: int, text: str, *headers: tuple[str, str]):
+        super().__init__(text)
+        self.response = Response(status, "text/plain; charset=utf-8", f"{text}\n".encode(), headers)
+
+
+def parse_values(text: str) -> list[float]:
+    """The 128 numbers of `values=`; BadRequest says which one is wrong."""
+    parts = text.split(",")
+    if len(parts) != LATENT_SIZE:
+        found = len(parts) if text else 0
+        raise BadRequest(400, f"values must be {LATENT_SIZE} numbers with commas between, not {found}")
+    for i, part in enumerate(parts):
+        if not NUMBER.fullmatch(part):
+            raise BadRequest(400, f"value {i} is not a finite number: {ascii(part[:20])}")
+        if abs(float(part)) > MAX_ABS_VALUE:
+            raise BadRequest(400, f"value {i} is not from {-MAX_ABS_VALUE:g} to {MAX_ABS_VALUE:g}: {part[:20]}")
+    return [float(part) for part in parts]
+
+
+class Renderer:
+    """Draws the faces that request threads ask for; those that wait at one moment share one forward pass."""
+    MOST_AT_ONCE = 32
+
+    def __init__(self):
+        self.waiting: deque[tuple[nn.Module, list[float], Future]] = deque()
+        self.condition, self.closed = threading.Condition(), False
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        """Wait for the pass that runs: Python aborts if it ends while one of its threads is inside torch. For the same
+        reason this thread alone calls torch, and those of the requests do not."""
+        with self.condition:
+            self.closed = True
+            self.condition.notify()
+        self.thread.join()
+
+    def draw(self, generator: nn.Module, z: list[float]) -> np.ndarray:
+        """One latent vector of 128 numbers -> one uint8 image (S, S, 3)."""
+        future: Future = Future()
+        with self.condition:
+            self.waiting.append((generator, z, future))
+            self.condition.notify()
+        return future.result()
+
+    def work(self) -> None:
+        while True:
+            with self.condition:
+                self.condition.wait_for(lambda: self.waiting or self.closed)
+                if self.closed:
+                    return
+                generator = self.waiting[0][0]
+                group = []
+                while self.waiting and self.waiting[0][0] is generator and len(group) < self.MOST_AT_ONCE:
+                    group.append(self.waiting.popleft())
+            try:
+                images = draw(generator, torch.tensor([z for _, z, _ in group]))
+                images = images.permute(0, 2, 3, 1).contiguous().numpy()
+                for image, (_, _, future) in zip(images, group):
+                    future.set_result(image)
+            except Exception as error:  # handed on to the threads that asked, which answer with a 500
+                for _, _, future in group:
+                    future.set_exception(error)
+
+
+class Site:
+    """What the server offers of one run: the page, its checkpoints and the faces they draw. Knows no sockets."""
+
+    def __init__(self, run: Path, default: str | None, device: torch.device):
+        self.run, self.device, self.renderer = run, device, Renderer()
+        self.default_path = find_checkpoint(run, default)
+        self.cache: OrderedDict[Path, tuple[int, Generator, dict]] = OrderedDict()
+        self.lock = threading.Lock()
+        self.load(self.default_path)
+        page = (Path(__file__).parent / "gan_eval.html").read_bytes()
+        script, style = (base64.b64encode(hashlib.sha256(text).digest()).decode() for text in
+                         re.search(rb"<style>(.*?)</style>.*<script>(.*?)</script>", page, re.S).group(2, 1))
+        policy = (f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; img-src 'self' blob: "
+                  "data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        self.page = Response(200, "text/html; charset=utf-8", page, (("Content-Security-Policy", policy),))
+        self.routes = {"/": lambda query: self.page, "/generate": self.face, "/api/model": self.model}
+
+    def checkpoints(self) -> dict[str, Path]:
+        """Name -> file of what can be asked for. Names are looked up here, never joined into paths."""
+        kept = {str(epoch): path for epoch, path in kept_checkpoints(self.run).items()}
+        named = {name: path for name in ("best", "last") if (path := self.run / f"{name}.pt").is_file()} | kept
+        if self.default_path not in named.values():
+            named[self.default_path.name] = self.default_path
+        return named
+
+    def load(self, path: Path) -> tuple[Generator, dict]:
+        """A checkpoint's generator and facts, read again when its file changed; the last few are kept."""
+        with self.lock:
+            try:
+                stamp = path.stat().st_mtime_ns
+            except FileNotFoundError:  # between the two renames of a save; what was read before still stands
+                stamp = None
+            if path not in self.cache or stamp not in (None, self.cache[path][0]):
+                self.cache[path] = (stamp, *load_generator(path, self.device))
+            self.cache.move_to_end(path)
+            while len(self.cache) > 4:
+                self.cache.popitem(last=False)
+            return self.cache[path][1:]
+
+    def respond(self, method: str, target: str) -> Response:
+        """Answer a request: method and request target as they stand in the request line. Never raises BadRequest."""
+        try:
+            if method not in ("GET", "HEAD"):
+                raise BadRequest(405, "only GET and HEAD are answered", ("Allow", "GET, HEAD"))
+            try:
+                url = urlsplit(target)
+                query = parse_qs(url.query, keep_blank_values=True, max_num_fields=16, errors="strict")
+            except ValueError:
+                raise BadRequest(400, "the address cannot be read") from None
+            if url.path not in self.routes:
+                raise BadRequest(404, "no such page: there are / , /generate and /api/model")
+            for name, values in query.items():
+                if len(values) > 1:
+                    raise BadRequest(400, f"{ascii(name[:20])} is given {len(values)} times")
+            return self.routes[url.path]({name: values[0] for name, values in query.items()})
+        except BadRequest as error:
+            return error.response
+
+    def face(self, query: dict[str, str]) -> Response:
+        """GET /generate: one PNG of the face at a latent vector."""
+        if "values" not in query:
+            raise BadRequest(400, f"values is absent: give {LATENT_SIZE} numbers with commas between")
+        values = parse_values(query["values"])
+        scale = query.get("scale", "1")
+        if not re.fullmatch("[1-8]", scale):
+            raise BadRequest(400, f"scale must be a whole number from 1 to 8, not {ascii(scale[:20])}")
+        path = self.default_path
+        if "checkpoint" in query:
+            path = self.checkpoints().get(query["checkpoint"])
+            if path is None:
+                raise BadRequest(404, f"no checkpoint {ascii(query['checkpoint'][:20])}: see /api/model")
+        generator, _ = self.load(path)
+        image = Image.fromarray(self.renderer.draw(generator, values))
+        if int(scale) > 1:
+            image = image.resize((image.width * int(scale),) * 2, Image.Resampling.BICUBIC)
+        return Response(200, "image/png", png_bytes(image))
+
+    def model(self, query: dict[str, str]) -> Response:
+        """GET /api/model: JSON of the run, its checkpoints, the latent size and the image size."""
+        generator, facts = self.load(self.default_path)
+        listed = [{"name": name, "epoch": int(name) if name.isdecimal() else self.load(path)[1]["epoch"],
+                   "best": name == "best"} for name, path in self.checkpoints().items()]
+        default = next(name for name, path in self.checkpoints().items() if path == self.default_path)
+        body = {"run": str(self.run), "model": facts["model"], "latent_size": LATENT_SIZE,
+                "image_size": facts["image_size"], "checkpoints": listed, "default": default, "directions": []}
+        return Response(200, "application/json", json.dumps(body).encode())
+
+
+class HeaderReader:
+    """The reading side of a connection, which gives out no more than a budget of bytes until it is renewed."""
+
+    def __init__(self, file):
+        self.file, self.left = file, MAX_HEADER_BYTES
+
+    def readline(self, most: int) -> bytes:
+        line = self.file.readline(min(most, self.left + 1))
+        self.left -= len(line)
+        if self.left < 0:
+            raise LineTooLong("header")
+        return line
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Reads requests off a connection, hands them to the Site and writes the answers."""
+    protocol_version = "HTTP/1.1"  # keeps the connection open between two moves of a slider
+    disable_nagle_algorithm = True
+    timeout = REQUEST_SECONDS  # of one read or write; the server's own clock bounds the whole request
+    server: Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = HeaderReader(self.rfile)
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except (ConnectionError, TimeoutError):
+            pass  # the client went away: its business
+
+    def handle_one_request(self) -> None:
+        self.command, self.requestline, self.request_version = "", "", "HTTP/1.1"
+        self.rfile.left = MAX_HEADER_BYTES
+        self.server.deadlines[self.connection] = time.monotonic() + REQUEST_SECONDS
+        self.raw_requestline = self.rfile.file.readline(MAX_REQUEST_LINE + 1)
+        if len(self.raw_requestline) > MAX_REQUEST_LINE:
+            self.send_error(414)
+        elif not self.raw_requestline:
+            self.close_connection = True
+        elif self.parse_request() and self.take_body():
+            self.server.deadlines[self.connection] = time.monotonic() + REQUEST_SECONDS  # idle time does not count
+            self.answer()
+
+    def take_body(self) -> bool:
+        """Read and drop a request's body, so that the next request is not looked for inside it."""
+        length, *more = self.headers.get_all("Content-Length", ["0"])
+        unclear = more or self.headers.defects or "Transfer-Encoding" in self.headers
+        if unclear or not (length.isascii() and length.isdecimal()):
+            self.send_error(400)
+        elif len(length) > 9 or int(length) > MAX_BODY_BYTES:
+            self.send_error(413)
+        else:
+            return len(self.rfile.file.read(int(length))) == int(length)
+        return False
+
+    def answer(self) -> None:
+        if self.request_version == "HTTP/0.9":
+            return self.send_error(400)
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) != 1 or not self.server.is_own_name(hosts[0]):
+            return self.reply(BadRequest(403, "this server answers to its own name alone (Host header)").response)
+        try:
+            response = self.server.site.respond(self.command, self.path)
+        except Exception as error:  # a fault of ours: no details to the client, one line for the operator
+            print(f"gan.py: {self.command} {ascii(self.path[:80])} failed: {type(error).__name__}: {one_line(error)}",
+                  file=sys.stderr)
+            response = BadRequest(500, "the server failed at this; its terminal says why").response
+        self.reply(response)
+
+    def reply(self, response: Response, close: bool = False) -> None:
+        self.request_version = "HTTP/1.1"  # where it could not read one, the library would send no status line
+        self.send_response_only(response.status)
+        headers = {"Content-Type": response.kind, "Content-Length": str(len(response.body)),
+                   "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                   "Content-Security-Policy": "default-src 'none'"}
+        for name, value in (headers | dict(response.headers)).items():
+            self.send_header(name, value)
+        if close:
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(response.body)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse a request that the library could not read: it is the client's fault, so never a 5xx."""
+        code = {501: 405, 505: 400}.get(code, code)
+        text = {405: "only GET and HEAD are answered", 413: "the body is too large",
+                414: "the request line is too long", 431: "the header is too large"}.get(code, "cannot be read")
+        self.reply(BadRequest(code, text).response, close=True)
+
+    def log_message(self, *_) -> None:
+        """Not a line a request: moving a slider makes hundreds."""
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """One thread a connection, so many of them, each for so long."""
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers share a port
+
+    def __init__(self, site: Site, host: str, port: int):
+        self.site, self.host = site, host
+        self.deadlines: dict[socket.socket, float] = {}
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+        self.port = self.server_address[1]
+
+    @property
+    def url(self) -> str:
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/"
+
+    def is_own_name(self, host: str) -> bool:
+        """Whether a Host header names this server. A page elsewhere whose name was pointed here is refused (DNS
+        rebinding); an address cannot be re-pointed, so where all addresses are bound, each of them is accepted."""
+        name, _, port = host.rpartition(":") if re.search(r":\d*$", host) else (host, "", "80")
+        name = name.strip("[]").lower()
+        if port != str(self.port):
+            return False
+        if name in (self.host.lower(), "localhost", "127.0.0.1", "::1"):
+            return True
+        try:
+            return self.host in ("0.0.0.0", "::") and bool(ip_address(name))
+        except ValueError:
+            return self.host in ("0.0.0.0", "::") and name == socket.gethostname().lower()
+
+    def process_request(self, request: socket.socket, client_address) -> None:
+        if len(self.deadlines) >= MAX_CONNECTIONS:
+            request.settimeout(0.1)
+            try:
+                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n"
+                                b"Retry-After: 1\r\nConnection: close\r\n\r\nbusy\n")
+            except OSError:
+                pass
+            return self.shutdown_request(request)
+        self.deadlines[request] = time.monotonic() + REQUEST_SECONDS
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        self.deadlines.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Twice a second: end the connections that are over their time, however slowly they drip."""
+        now = time.monotonic()
+        for connection, deadline in list(self.deadlines.items()):
+            if now > deadline:
+                try:
+                    connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
+                except OSError:
+                    pass
+
+    def handle_error(self, request, client_address) -> None:
+        """A fault outside of answering: one line, no trace."""
+        print(f"gan.py: connection failed: {one_line(sys.exc_info()[1])}", file=sys.stderr)
+
+
+def serve(settings: EvalSettings) -> int:
+    """Serve the page of a run until Ctrl-C. Returns the exit code."""
+    run = Path(settings.run) if settings.run else newest_run()
+    site = Site(run, settings.checkpoint, torch.device("cpu"))  # one small face: faster than a trip to a GPU
+    try:
+        server = Server(site, settings.host, settings.port)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {settings.host} port {settings.port} ({one_line(error)}): choose another "
+                        "--port, or --port 0 for any free one") from None
+    with server:
+        if settings.host not in ("127.0.0.1", "localhost", "::1"):
+            say(f"warning: anyone who can reach {settings.host} can use this server")
+        _, facts = site.load(site.default_path)
+        say(f"faces of {site.default_path} (epoch {facts['epoch']}) at {server.url} (Ctrl-C ends)")
+        try:
+            server.serve_forever()
+        finally:
+            site.renderer.close()
+    return 0
+
+
+# ================================================================================================
+# Command line
+# ================================================================================================
+
+def command_prepare(settings: PrepareSettings) -> int:
+    """photos -> dataset"""
+    started = time.monotonic()
+    if settings.demo + settings.download + (settings.dataset is not None) > 1:
+        raise UserError("--dataset, --download and --demo exclude each other: choose one")
+    manifest = prepare(settings)
+    skipped = manifest["skipped"]
+    for item in skipped[:10]:
+        say(f"skipped {ascii(item['file'])[1:-1]}: {item['reason']}")
+    if len(skipped) > 10:
+        say(f"... and {len(skipped) - 10} more, all in {settings.data}/manifest.json")
+    say(f"{manifest['count']:,} faces of {manifest['photos_found']:,} photos found, {len(skipped)} skipped, in "
+        f"{settings.data} ({time.monotonic() - started:.1f} s); look at {settings.data}/faces.png, then `gan.py train`")
+    if manifest["count"] < 500:
+        say(f"warning: {manifest['count']} faces are few: with fewer than 500 the generator learns them by heart")
+    return 0
+
+
+def command_demo(settings: DemoSettings) -> int:
+    """drawn faces -> three minutes of training -> page"""
+    if not read_manifest(Path("demo/data")):
+        command_prepare(PrepareSettings(demo=True, data="demo/data", size=64))
+    code = train(TrainSettings(data="demo/data", run="demo/run", width=16, epochs=DEMO_EPOCHS, save_every=1))
+    return code or serve(EvalSettings(run="demo/run", port=settings.port))
+
+
+DEMO_EPOCHS = 12  # about three minutes on two cores
+COMMANDS = {"prepare": (PrepareSettings, command_prepare, "turn photos into a dataset"),
+            "train": (TrainSettings, train, "train a GAN; the same command goes on where it stopped"),
+            "generate": (GenerateSettings, generate, "draw faces into PNG files"),
+            "eval": (EvalSettings, serve, "make faces with sliders in the browser"),
+            "demo": (DemoSettings, command_demo, "try it all on drawn faces, in about four minutes")}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, made from the declarations of the settings."""
+    parser = OneLineParser(prog="gan.py", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (declaration, _, help) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        for item in fields(declaration):
+            flag, about = "--" + item.name.replace("_", "-"), item.metadata["help"].replace("%", "%%")
+            if item.default is False:
+                command.add_argument(flag, action="store_true", help=about)
+            else:
+                shown = "" if item.default is None else f" (default {item.default})"
+                command.add_argument(flag, type=item.metadata["parse"], default=item.default, help=about + shown,
+                                     metavar=item.metadata["metavar"])
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 success, 1 failure, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
+    arguments = vars(make_parser().parse_args(argv))
+    declaration, command, _ = COMMANDS[arguments.pop("command")]
+    try:
+        return command(declaration(**arguments))
+    except KeyboardInterrupt:
+        return 130
+    except UserError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or 'reading or writing failed'}: {one_line(error)}"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "t allocate memory" not in str(error):
+            raise
+        problem = "out of memory: lower --batch-size or --width, or prepare smaller faces with --size"
+    print(f"gan.py: {problem}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

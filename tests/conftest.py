@@ -1,0 +1,37 @@
+"""What the tests share: a small dataset of drawn faces and a small trained run, made once a session."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import gan  # noqa: E402
+
+
+def run_gan(*arguments, cwd, timeout=120, **options) -> subprocess.CompletedProcess:
+    """Run gan.py as a user does, in a process of its own; output as text."""
+    return subprocess.run([sys.executable, str(ROOT / "gan.py"), *map(str, arguments)], cwd=cwd, timeout=timeout,
+                          capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """A dataset folder of 64 drawn faces of 32×32 pixels; read only."""
+    data = tmp_path_factory.mktemp("dataset") / "data"
+    gan.prepare(gan.PrepareSettings(demo=True, data=str(data), size=32, limit=64))
+    return data
+
+
+@pytest.fixture(scope="session")
+def trained(dataset, tmp_path_factory) -> Path:
+    """A run of 4 epochs with checkpoints last, 2 and 4; read only."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    settings = gan.TrainSettings(data=str(dataset), run=str(run), width=4, epochs=4, batch_size=16, device="cpu",
+                                 keep_every=2, save_every=1)
+    assert gan.train(settings) == 0
+    return run

@@ -1,0 +1,119 @@
+"""Kill training at random and see that nothing is lost:  python tests/kill.py [--kills 20] [--seed 0]
+
+For each of the three GANs a run is killed with SIGKILL again and again and started again with the same command: half of
+the times after a random time, half in the middle of a random write (a file's data, fsync or rename: checkpoints, sample
+grids, the log). At the end it must be bit-identical to a run that nothing disturbed. POSIX only; some minutes."""
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import gan  # noqa: E402
+
+# Runs gan.py, but kills itself at the nth write: before the data is out, half way through it, or before a rename.
+DYING = """
+import builtins, os, signal, sys
+import gan
+left = [int(sys.argv.pop(1))]
+def dying(real, half=None):
+    def call(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            if half: half(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+    return call
+os.replace, os.fsync = dying(os.replace), dying(os.fsync)
+def half_a_line(run, line):
+    with open(run / "log.jsonl", "a") as file: file.write('{"epoch": 9')
+gan.append_log = dying(gan.append_log, half_a_line)
+def half_a_file(path, data):
+    path.with_name(f".gan-{path.name}.{os.getpid()}.tmp").write_bytes(bytes(data)[: len(data) // 2])
+gan.atomic_write = dying(gan.atomic_write, half_a_file)
+sys.exit(gan.main(sys.argv[1:]))
+"""
+
+
+def train(data: Path, run: Path, model: str, *, die_at_write: int | None = None, die_after: float | None = None) -> bool:
+    """Train to epoch 40; returns whether the process was killed."""
+    code = [str(ROOT / "gan.py")] if die_at_write is None else ["-c", DYING, str(die_at_write)]
+    command = [sys.executable, *code, "train", "--data", str(data), "--run", str(run), "--model", model, "--width", "8",
+               "--epochs", "40", "--save-every", "1", "--keep-every", "10", "--device", "cpu"]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    try:
+        process.wait(timeout=die_after)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    assert process.returncode in (0, -9), f"exit code {process.returncode}"
+    return process.returncode == -9
+
+
+def flatten(value, name: str = ""):
+    """(path, leaf) of all leaves of nested dictionaries and lists."""
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from flatten(item, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """What two finished runs do not have in common, besides the clock and their names."""
+    found = []
+    states = [dict(flatten(gan.read_checkpoint(run / "last.pt"))) for run in (a, b)]
+    for name in states[0].keys() | states[1].keys():
+        one, two = (state.get(name) for state in states)
+        equal = one.shape == two.shape and torch.equal(one.nan_to_num(9), two.nan_to_num(9)) \
+            if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor) else one == two
+        found += [] if equal or name == ".settings.run" else [name]
+    logs = [[{**line, "seconds": 0} for line in gan.read_log(run)] for run in (a, b)]
+    found += ["log.jsonl"] if logs[0] != logs[1] or len(logs[0]) != 40 else []
+    pictures = [{p.name: p.read_bytes() for p in (run / "samples").iterdir()} for run in (a, b)]
+    return found + (["samples"] if pictures[0] != pictures[1] else []) + [p.name for p in b.glob(".gan-*")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    chance, failed = random.Random(arguments.seed), 0
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        gan.prepare(gan.PrepareSettings(demo=True, data=str(data), size=32, limit=200))
+        for model in gan.OBJECTIVES:
+            whole, broken = Path(folder) / f"{model}-whole", Path(folder) / f"{model}-broken"
+            train(data, whole, model)
+            by_time = by_write = 0
+            while by_time + by_write < arguments.kills:
+                if chance.random() < 0.5:
+                    by_time += train(data, broken, model, die_after=chance.uniform(1, 8))
+                else:
+                    by_write += train(data, broken, model, die_at_write=chance.randint(1, 40))
+                if (broken / "last.pt").exists() and gan.read_log(broken) and gan.read_log(broken)[-1]["epoch"] >= 38:
+                    if differences(whole, finish(data, broken, model)):
+                        break
+                    gan.shutil.rmtree(broken)  # done before it was killed often enough: start again
+            problems = differences(whole, finish(data, broken, model))
+            failed += bool(problems)
+            print(f"{model}: killed {by_time} times at a random time and {by_write} times in a random write; then "
+                  + (f"DIFFERENT: {problems[:5]}" if problems else "bit-identical to a run that was never killed"), flush=True)
+    return min(failed, 1)
+
+
+def finish(data: Path, run: Path, model: str) -> Path:
+    """Train a run to its end."""
+    train(data, run, model)
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

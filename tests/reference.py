@@ -1,0 +1,99 @@
+"""The accuracy-balanced loop written plainly: float32, contiguous memory, the library's own norms and unfused
+optimizers, a forward pass to measure and another to train, backward through everything. It is the oracle that gan.py's
+fast path is compared with, and the baseline of the benchmarks. Nothing here is imported from gan.py."""
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
+
+
+def stages(size: int, width: int) -> tuple[int, list[int]]:
+    """80, 64 -> 5, [512, 256, 128, 64]."""
+    count = {size // 2 ** n: n for n in range(8) if 4 <= size / 2 ** n < 8}
+    (base, doublings), = count.items()
+    return base, [min(8 * width, width * 2 ** n) for n in range(doublings)][::-1]
+
+
+def generator(size: int = 80, width: int = 64) -> nn.Sequential:
+    base, channels = stages(size, width)
+    layers = [nn.Unflatten(1, (128, 1, 1)), nn.ConvTranspose2d(128, channels[0], base, bias=False)]
+    for before, after in zip(channels, channels[1:] + [3]):
+        layers += [nn.BatchNorm2d(before), nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)]
+    return nn.Sequential(*layers, nn.Tanh())
+
+
+def discriminator(model: str, size: int = 80, width: int = 64) -> nn.Sequential:
+    base, channels = stages(size, width)
+    layers, before = [], 3
+    for after in channels[::-1]:
+        layers += [nn.Conv2d(before, after, 4, 2, 1, bias=False)]
+        if before != 3:
+            layers += [nn.InstanceNorm2d(after, affine=True) if model == "WGAN-GP" else nn.BatchNorm2d(after)]
+        layers, before = layers + [nn.LeakyReLU(0.2)], after
+    return nn.Sequential(*layers, nn.Conv2d(before, 1, base, bias=False), nn.Flatten(0))
+
+
+class Reference:
+    """Both networks of one GAN and their optimizers, trained a minibatch at a time."""
+
+    def __init__(self, model: str, size: int = 80, width: int = 64):
+        self.model, self.g, self.d = model, generator(size, width), discriminator(model, size, width)
+        make = {"DCGAN": lambda p: torch.optim.Adam(p, 2e-4, (0.5, 0.999)),
+                "WGAN": lambda p: torch.optim.RMSprop(p, 5e-5),
+                "WGAN-GP": lambda p: torch.optim.Adam(p, 1e-4, (0.0, 0.999))}[model]
+        self.optimizer_g, self.optimizer_d = make(self.g.parameters()), make(self.d.parameters())
+        self.discriminator_left = 0
+
+    def copy_weights(self, g: nn.Module, d: nn.Module) -> None:
+        """Take over the weights of networks with the same layers in the same order."""
+        for mine, theirs in ((self.g, g), (self.d, d)):
+            for target, source in zip(mine.parameters(), theirs.parameters(), strict=True):
+                target.data.copy_(source.data)
+
+    def accuracies(self, real, fake) -> tuple[float, float]:
+        if self.model == "DCGAN":
+            return ((real > 0).float().mean() + (fake <= 0).float().mean()).item() / 2, (fake > 0).float().mean().item()
+        pairs = [float(r > f) for r in real for f in fake]
+        return sum(pairs) / len(pairs), (fake >= real.mean()).float().mean().item()
+
+    def penalty(self, real, fake, mix):
+        mix = mix.view(-1, 1, 1, 1)
+        between = (mix * real + (1 - mix) * fake).requires_grad_()
+        gradient, = torch.autograd.grad(self.d(between).sum(), between, create_graph=True)
+        return 10 * ((gradient.reshape(len(real), -1).norm(2, dim=1) - 1) ** 2).mean()
+
+    def update_discriminator(self, real, z, mix) -> torch.Tensor:
+        fake = self.g(z)
+        self.optimizer_d.zero_grad()
+        s_real, s_fake = self.d(real), self.d(fake)
+        if self.model == "DCGAN":
+            loss = cross_entropy(s_real, torch.ones_like(s_real)) + cross_entropy(s_fake, torch.zeros_like(s_fake))
+        else:
+            loss = s_fake.mean() - s_real.mean()
+        if self.model == "WGAN-GP":
+            loss = loss + self.penalty(real, fake, mix)
+        loss.backward()
+        self.optimizer_d.step()
+        if self.model == "WGAN":
+            for weight in self.d.parameters():
+                weight.data.clamp_(-0.1, 0.1)
+        return loss.detach()
+
+    def update_generator(self, z) -> torch.Tensor:
+        self.optimizer_g.zero_grad()
+        s_fake = self.d(self.g(z))
+        loss = cross_entropy(s_fake, torch.ones_like(s_fake)) if self.model == "DCGAN" else -s_fake.mean()
+        loss.backward()
+        self.optimizer_g.step()
+        return loss.detach()
+
+    def train_on(self, real, z, draw_mix) -> str:
+        """One minibatch under the accuracy balance; `draw_mix()` gives mixing weights, if any are needed."""
+        discriminator_accuracy, generator_accuracy = self.accuracies(self.d(real), self.d(self.g(z)))
+        if self.discriminator_left == 0 and generator_accuracy / 2 >= discriminator_accuracy:
+            self.discriminator_left = 5
+        if self.discriminator_left == 0:
+            self.update_generator(z)
+            return "generator"
+        self.discriminator_left -= 1
+        self.update_discriminator(real, z, draw_mix())
+        return "discriminator"

@@ -1,0 +1,45 @@
+"""The balance rule as a table."""
+import pytest
+
+import gan
+
+D, G = "discriminator", "generator"
+
+
+@pytest.mark.parametrize(("discriminator", "generator", "turn"), [
+    (0.9, 0.1, G), (0.5, 0.99, G), (0.5, 1.0, D), (0.2, 0.4, D), (0.2, 0.39, G), (0.0, 0.0, D), (1.0, 1.0, G)])
+def test_the_network_that_is_behind_trains(discriminator, generator, turn):
+    """The discriminator where generator / 2 >= discriminator, equality included."""
+    assert gan.Balance().choose(discriminator, generator) == turn
+
+
+def test_a_run_of_discriminator_updates_is_five_long():
+    """Once behind it trains on this minibatch and the next 4, whatever is measured on those; then it is asked anew."""
+    balance = gan.Balance()
+    assert not balance.decided
+    turns = [balance.choose(0.0, 1.0)]
+    for _ in range(4):
+        assert balance.decided
+        turns.append(balance.choose(1.0, 0.0))
+    assert turns == [D] * 5 and not balance.decided
+    assert [balance.choose(1.0, 0.0), balance.choose(0.0, 1.0)] == [G, D]
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_a_fixed_rule_ignores_accuracies(updates):
+    """--balance N: N discriminator updates, then one of the generator, for ever."""
+    balance = gan.Balance(updates)
+    turns = [balance.choose(i % 2, (i + 1) % 2) for i in range(3 * (updates + 1))]
+    assert turns == ([D] * updates + [G]) * 3
+
+
+@pytest.mark.parametrize("rule", ["accuracy", 3])
+@pytest.mark.parametrize("before", range(8))
+def test_going_on_from_a_saved_state_changes_nothing(rule, before):
+    """Wherever the state is saved and restored, the decisions are those of an unbroken run."""
+    measured = [(0.9, 0.1), (0.1, 0.9), (0.9, 0.1), (0.2, 0.8), (0.9, 0.1), (0.9, 0.1), (0.9, 0.1), (0.1, 0.3), (0.9, 0.2)]
+    whole, first = gan.Balance(rule), gan.Balance(rule)
+    expected = [whole.choose(*pair) for pair in measured]
+    turns = [first.choose(*pair) for pair in measured[:before]]
+    second = gan.Balance(rule, first.discriminator_left)
+    assert turns + [second.choose(*pair) for pair in measured[before:]] == expected

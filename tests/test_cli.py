@@ -1,0 +1,143 @@
+"""The command line as a user meets it: real processes, one-line errors, and a README that tells the truth."""
+import ast
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from urllib.request import urlopen
+
+import pytest
+from conftest import ROOT, run_gan
+
+import gan
+
+README = (ROOT / "README.md").read_text("utf-8")
+DECLARATIONS = [declaration for declaration, _, _ in gan.COMMANDS.values()]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="interrupts the training with a POSIX signal")
+def test_from_photos_to_a_face_in_the_browser(tmp_path):
+    """prepare → train → interrupted → gone on with → generate → eval, with nothing but defaults where there are some."""
+    prepared = run_gan("prepare", "--demo", "--size", 32, "--limit", 60, cwd=tmp_path)
+    assert prepared.returncode == 0 and "60 faces" in prepared.stdout and "warning: 60 faces are few" in prepared.stdout
+
+    train = [sys.executable, str(ROOT / "gan.py"), "train", "--width", "4", "--epochs"]
+    with subprocess.Popen([*train, "100000"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                process.send_signal(signal.SIGINT)
+        assert "the same command goes on from there" in line
+    assert process.returncode == 130
+    done = json.loads((tmp_path / "runs/wgan-gp/log.jsonl").read_text().splitlines()[-1])["epoch"]
+    resumed = subprocess.run([*train, str(done + 2)], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert resumed.returncode == 0 and f"going on from runs/wgan-gp/last.pt, epoch {done}" in resumed.stdout
+
+    assert run_gan("generate", "--count", 3, cwd=tmp_path).returncode == 0
+    assert sorted(path.name for path in (tmp_path / "runs/wgan-gp/generated").iterdir()) == [
+        "face-00000.png", "face-00001.png", "face-00002.png", "grid.png"]
+
+    server = subprocess.Popen([sys.executable, str(ROOT / "gan.py"), "eval", "--port", "0"], cwd=tmp_path,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    url = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())[0]
+    z = gan.draw_latents(3, seed=0)[1].tolist()
+    with urlopen(f"{url}generate?values={','.join(map(str, z))}", timeout=60) as answer:
+        served = gan.Image.open(answer).convert("RGB")
+    with gan.Image.open(tmp_path / "runs/wgan-gp/generated/face-00001.png") as drawn:
+        difference = gan.np.abs(gan.np.asarray(served).astype(int) - gan.np.asarray(drawn).astype(int))
+    assert difference.max() <= 1  # the same face, whichever others were drawn with it
+    server.send_signal(signal.SIGINT)
+    assert server.communicate(timeout=60)[1] == "" and server.returncode == 130
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), [
+    (["train", "--epohcs", "3"], 2, "unrecognized arguments: --epohcs"), (["train", "--epochs", "0"], 2, "--epochs: 0 is not from 1"),
+    (["train", "--epochs", "many"], 2, "'many' is not a whole number"), (["train", "--model", "VAE"], 2, "none of DCGAN, WGAN, WGAN-GP"),
+    (["train", "--balance", "sometimes"], 2, "'sometimes' is not a whole number"), (["train", "--epoch", "3"], 2, "unrecognized"),
+    (["prepare", "--size", "81"], 2, "none of 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256"),
+    (["prepare", "--crop", "nan"], 2, "nan is not from 0.05 to 1"), (["prepare", "--demo", "--download"], 1, "choose one"),
+    (["generate", "--min-abs", "9"], 2, "9 is not from 0.0 to 3.0"), ([], 2, "required: command"), (["fly"], 2, "invalid choice"),
+    (["train"], 1, "no dataset in data: make one with `gan.py prepare`"), (["generate"], 1, "no run in runs/"),
+    (["eval", "--run", "nowhere"], 1, "no run in nowhere"), (["train", "--device", "cuda"], 1, "--device cuda is not available")])
+def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, code, words):
+    """What is wrong, in which flag or file, and what to do; 2 for bad usage, 1 for failure; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gan.torch.cuda, "is_available", lambda: False)
+    try:
+        result = gan.main(arguments)
+    except SystemExit as exit:
+        result = exit.code
+    error = capsys.readouterr().err
+    assert (result, error.count("\n"), list(tmp_path.iterdir())) == (code, 1, [])
+    assert words in error
+
+
+@pytest.mark.parametrize("name", ["MODEL", "wgan-gp", "Wgan-Gp"])
+def test_case_of_a_model_does_not_matter(name):
+    """--model wgan-gp is WGAN-GP."""
+    if name != "MODEL":
+        assert gan.make_parser().parse_args(["train", "--model", name]).model == "WGAN-GP"
+    assert gan.make_parser().parse_args(["train"]).model == "WGAN-GP"
+
+
+def test_a_fault_of_ours_is_not_hidden(monkeypatch):
+    """Only what a user can cause becomes one line; a bug keeps its traceback."""
+    monkeypatch.setitem(gan.COMMANDS, "train", (gan.TrainSettings, lambda _: [][0], ""))
+    with pytest.raises(IndexError):
+        gan.main(["train"])
+
+
+def test_every_setting_is_read():
+    """No flag without effect: each declared name is used as an attribute of settings somewhere."""
+    tree = ast.parse((ROOT / "gan.py").read_text("utf-8"))
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not [item.name for declaration in DECLARATIONS for item in fields(declaration) if item.name not in read]
+
+
+def test_every_setting_has_help_and_a_range(capsys):
+    """--help of each command shows each flag with its default."""
+    for name, (declaration, _, _) in gan.COMMANDS.items():
+        with pytest.raises(SystemExit):
+            gan.main([name, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        for item in fields(declaration):
+            assert f"--{item.name.replace('_', '-')}" in shown
+            assert item.default in (None, False) or f"(default {item.default})" in shown
+
+
+def test_import_does_nothing(tmp_path):
+    """No folder is made, no device is probed, matplotlib and kagglehub are not loaded."""
+    code = "import sys, gan; print([m for m in ('matplotlib', 'kagglehub') if m in sys.modules], gan.torch.cuda.is_initialized())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr, list(tmp_path.iterdir())) == ("[] False\n", "", [])
+
+
+def test_inline_metadata_lists_the_requirements():
+    """`uv run gan.py` installs what requirements.txt does (PEP 723)."""
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", (ROOT / "gan.py").read_text("utf-8"))["content"]
+    dependencies = ast.literal_eval(re.search(r"dependencies = (\[.*?\])", block.replace("\n#", ""), re.S)[1])
+    assert dependencies == (ROOT / "requirements.txt").read_text().split()
+
+
+def readme_commands() -> list[list[str]]:
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+    parts = [part for line in lines for part in line.split("#")[0].split("&&")]
+    return [shlex.split(part)[2:] for part in parts if re.match(r"\s*(\.venv/bin/)?python gan\.py ", part)]
+
+
+def test_the_readmes_commands_are_understood():
+    """Each gan.py command in the README parses, and each command of gan.py is shown there."""
+    commands = readme_commands()
+    assert {command[0] for command in commands} == set(gan.COMMANDS)
+    for command in commands:
+        gan.make_parser().parse_args(command)
+
+
+def test_the_readmes_files_exist():
+    """Pictures and files that the README links to."""
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
+        assert (ROOT / target).exists(), target

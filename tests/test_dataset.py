@@ -1,0 +1,629 @@
+"""prepare and load_faces: every kind of photo and source, hostile ones too, and a dataset that is whole at all times."""
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import types
+import zipfile
+import zlib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+
+import gan
+from conftest import ROOT
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs fork, fifos and links, which POSIX systems have")
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def flat(mode: str, colour, format: str = "PNG", side: int = 16, **options) -> bytes:
+    return encoded(Image.new(mode, (side, side), colour), format, **options)
+
+
+def photo(i: int) -> bytes:
+    """Photo number i, of a colour by which `seen` knows it again."""
+    return flat("RGB", (i % 256, i // 256, 128))
+
+
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8))
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    """A PNG written by hand, for what Pillow does not write."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def pack(path: Path, files: dict[str, bytes]) -> Path:
+    """Write files as a folder, or as the archive that the suffix of `path` asks for."""
+    kind = path.name.partition(".")[2].lower()
+    if kind.endswith("zip"):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA if "lzma" in kind else zipfile.ZIP_DEFLATED) as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    elif kind:
+        with tarfile.open(path, {"tar": "w", "tgz": "w:gz", "tar.gz": "w:gz", "tar.xz": "w:xz"}[kind]) as archive:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    else:
+        for name, data in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
+    return path
+
+
+def prepared(source: Path | None, data: Path, **changes) -> dict:
+    source = source and str(source)
+    return gan.prepare(gan.PrepareSettings(dataset=source, data=str(data), size=32, crop=1.0, **changes))
+
+
+def seen(data: Path) -> list[int]:
+    """The numbers of the photos in a dataset, in its order."""
+    return [int(red) + 256 * int(green) for red, green in gan.load_faces(data)[0][:, :2, 16, 16]]
+
+
+def reasons(manifest: dict) -> dict[str, str]:
+    return {item["file"]: item["reason"] for item in manifest["skipped"]}
+
+
+def listing(folder: Path, without: str | tuple = "\0") -> dict[str, bytes]:
+    """Everything in a folder, with the content of its files."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else b""
+            for path in sorted(folder.rglob("*")) if not path.relative_to(folder).as_posix().startswith(without)}
+
+
+def error_line(capsys, *argv, code: int = 1) -> str:
+    """Run gan.main to its failure with `code`; its one line on stderr."""
+    capsys.readouterr()
+    try:
+        assert gan.main([str(argument) for argument in argv]) == code
+    except SystemExit as exit:
+        assert exit.code == code
+    line, = capsys.readouterr().err.splitlines()
+    return line
+
+
+# What is read, and in which order
+
+PEOPLE = {f"person{p}/{n}.png": photo(10 * p + n) for p in range(5) for n in range(3)}
+CLUTTER = {"pairs.txt": b"10 300", "person1/.hidden.png": photo(99), ".cache/a.png": photo(99), "person2/notes.md": b"#",
+           "__MACOSX/person1/0.png": b"\0\5\26\7"}
+
+
+@pytest.mark.parametrize("source, prefix", [
+    ("photos", "deep/er/"), ("a.zip", ""), ("a.tar", ""), ("a.tgz", "./"), ("A.TAR.GZ", "lfw/"), ("a.tar.xz", "lfw/"),
+    ("kaggle/lfw-funneled.tgz", "lfw_funneled/")])
+def test_every_kind_of_source_gives_the_same_bytes(tmp_path, source, prefix):
+    """A folder, nested or not, and archives of it, alone in a folder or not, give byte-identical batches."""
+    files = PEOPLE | CLUTTER
+    expected = prepared(pack(tmp_path / "plain", files), tmp_path / "expected")
+    pack(tmp_path / "kaggle", {"README": b""})
+    path = pack(tmp_path / source, {prefix + name: files[name] for name in reversed(files)})
+    manifest = prepared(path.parent if path.parent.name == "kaggle" else path, tmp_path / "data")
+    assert manifest["batches"] == expected["batches"] and manifest["skipped"] == [] and manifest["photos_found"] == 15
+    assert sorted(seen(tmp_path / "data")) == [10 * p + n for p in range(5) for n in range(2)]
+
+
+def test_a_flat_folder_holds_no_persons(tmp_path):
+    """A flat folder keeps all its photos: the same bytes as those photos in folders with --per-person 0."""
+    folders = prepared(pack(tmp_path / "folders", PEOPLE), tmp_path / "a", per_person=0)
+    flat = prepared(pack(tmp_path / "flat", {n.replace("/", "-"): d for n, d in PEOPLE.items()}), tmp_path / "b")
+    assert folders["batches"] == flat["batches"] and flat["count"] == 15
+
+
+@given(st.lists(st.tuples(st.sampled_from("ABC"), st.integers(0, 9))), st.integers(0, 3), st.integers(0, 99))
+def test_choice_is_the_first_of_each_person_whatever_the_order(pairs, per_person, seed):
+    """The choice holds each person's first names and depends on the set of names and the seed alone."""
+    names = [f"{person}/{number}.jpg" for person, number in [*pairs, ("D", 0), ("E", 0)]]
+    expected = [n for p in "ABCDE" for n in sorted({n for n in names if n[0] == p})[:per_person or None]]
+    chosen = gan.choose_photos(names, per_person, seed)
+    assert sorted(chosen) == expected and chosen == gan.choose_photos(sorted(names)[::-1], per_person, seed)
+
+
+@pytest.mark.parametrize("kind", ["photos", "photos.zip"])
+def test_seed_shuffles_limit_cuts_and_bad_photos_are_replaced(tmp_path, kind):
+    """--limit keeps the first ones of the seed's order (0: all); the next candidates take the place of bad ones."""
+    files, data = {f"{i:02}.png": photo(i) for i in range(60)}, tmp_path / "data"
+
+    def order(files: dict, **changes) -> list[int]:
+        shutil.rmtree(tmp_path / "photos", ignore_errors=True)
+        order.skipped = set(reasons(prepared(pack(tmp_path / kind, files), data, **changes)))
+        return seen(data)
+    whole = order(files, limit=0)
+    assert sorted(whole) == list(range(60)) != whole != order(files, seed=1) and order(files, limit=7) == whole[:7]
+    bad = {whole[i] for i in (0, 1, 2, 5, 6, 7, 8, 11)}
+    damaged = {name: b"bad" if int(name[:2]) in bad else data for name, data in files.items()}
+    assert order(damaged, limit=8) == [i for i in whole if i not in bad][:8]
+    assert order.skipped == {f"{i:02}.png" for i in bad}
+
+
+def test_a_heap_of_bad_photos_is_not_read_once_for_each(tmp_path, monkeypatch):
+    """To find the one good photo among 2,000 bad ones, an archive is read a few times only."""
+    source = pack(tmp_path / "a.zip", dict.fromkeys((f"{i}.jpg" for i in range(2000)), b"bad") | {"good.png": photo(5)})
+    openings, real = [], zipfile.ZipFile
+
+    def open_zip(*arguments, **options):
+        openings.append(arguments)
+        return real(*arguments, **options) if len(openings) < 40 else pytest.fail("the archive was opened 40 times")
+    monkeypatch.setattr(zipfile, "ZipFile", open_zip)
+    prepared(source, tmp_path / "data", limit=1)
+    assert seen(tmp_path / "data") == [5]
+
+
+def test_archive_of_100_000_entries(tmp_path):
+    """A tar of 100,000 empty members before the good ones is no trouble."""
+    head = tarfile.TarInfo("000000.jpg").tobuf()  # its checksum, at 148, grows with the digits of the name
+    empty = (b"%06d%b%06o%b" % (i, head[6:148], int(head[148:154], 8) + sum(map(int, str(i))), head[154:])
+             for i in range(100_000))
+    good = pack(tmp_path / "good.tar", PEOPLE).read_bytes()
+    (tmp_path / "a.tar").write_bytes(b"".join(empty) + good)
+    manifest = prepared(tmp_path / "a.tar", tmp_path / "data")
+    assert (manifest["count"], manifest["photos_found"], len(manifest["skipped"])) == (10, 100_015, 100_000)
+    assert set(reasons(manifest).values()) == {"is empty"}
+
+
+# Geometry and colour
+
+@given(st.integers(1, 30_000), st.integers(1, 30_000), st.floats(0.05, 1.0))
+def test_crop_box_is_a_central_square_inside(width, height, crop):
+    """For every picture and share the box lies inside, in the middle, is a square and as large as it can be."""
+    left, top, right, bottom = gan.crop_box(width, height, crop)
+    assert 0 <= left < right <= width * (1 + 1e-12) and 0 <= top < bottom <= height * (1 + 1e-12)
+    assert left + right == pytest.approx(width) and top + bottom == pytest.approx(height)
+    assert right - left == pytest.approx(crop * min(width, height)) == pytest.approx(bottom - top)
+
+
+@pytest.mark.parametrize("width, height, crop, box", [
+    (250, 250, 0.5, (62.5, 62.5, 187.5, 187.5)), (200, 100, 1.0, (50, 0, 150, 100)), (100, 200, 0.5, (25, 75, 75, 125))])
+def test_crop_of_known_pictures(width, height, crop, box):
+    """A pixel of the face shows the place in the photo that the crop's geometry says, found on a ramp of its coordinates."""
+    assert gan.crop_box(width, height, crop) == box
+    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+    face = gan.decode_face(encoded(Image.fromarray(np.dstack([columns, rows, rows]))), 32, crop).astype(float)
+    place = (np.arange(32) + 0.5) * (box[2] - box[0]) / 32 - 0.5  # of the centres of the face's pixels
+    inner = slice(3, -3)  # at the ends of the ramp the filter has nothing to look at
+    assert np.abs(face[:, inner, 0] - box[0] - place[inner]).max() <= 1
+    assert np.abs(face[inner, :, 1] - box[1] - place[inner, None]).max() <= 1
+
+
+@pytest.mark.parametrize("value, row0, column0", [
+    (1, "top", "left"), (2, "top", "right"), (3, "bottom", "right"), (4, "bottom", "left"),
+    (5, "left", "top"), (6, "right", "top"), (7, "right", "bottom"), (8, "left", "bottom")])
+def test_exif_orientation(value, row0, column0):
+    """A picture stored in each of the 8 ways comes out upright (where its first row and column lie: the EXIF standard)."""
+    stored = np.zeros((64, 64, 3), np.uint8)
+    stored[:32, :32], stored[:32, 32:], stored[32:, :32] = (255, 0, 0), (0, 255, 0), (0, 0, 255)  # the last: black
+    stored = stored.swapaxes(0, 1) if row0 in ("left", "right") else stored
+    stored = stored[::-1] if row0 in ("bottom", "right") else stored
+    stored = stored[:, ::-1] if column0 in ("bottom", "right") else stored
+    exif = Image.Exif()
+    exif[0x0112] = value
+    face = gan.decode_face(encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif), 32, 1.0)
+    assert face[::31, ::31].tolist() == [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]]
+
+
+def palette(**options) -> bytes:
+    image = Image.new("P", (16, 16), 1)
+    image.putpalette([0, 0, 0, 10, 120, 230])
+    return encoded(image, **options)
+
+
+def grey16(value: int) -> bytes:
+    return png(16, 16, 16, 0, (b"\0" + struct.pack(">H", value) * 16) * 16)
+
+
+ORANGE, GREEN, BLACK = (200, 90, 40), (0, 255, 0), Image.new("RGB", (16, 16))
+COLOURS = {  # a photo of one colour, and that colour in RGB, transparency laid on white
+    "grey": (flat("L", 100), (100, 100, 100)), "1-bit": (flat("1", 1), (255, 255, 255)),
+    "grey, alpha": (flat("LA", (100, 128)), (177, 177, 177)), "grey, opaque": (flat("LA", (100, 255)), (100, 100, 100)),
+    "palette": (palette(), (10, 120, 230)), "palette, clear": (palette(transparency=1), (255, 255, 255)),
+    "palette, alpha": (palette(transparency=b"\xff\x80"), (132, 187, 242)),
+    "RGBA": (flat("RGBA", (200, 0, 100, 128)), (227, 127, 177)), "RGBA, clear": (flat("RGBA", (9, 9, 9, 0)), (255, 255, 255)),
+    "RGB, clear": (flat("RGB", (1, 2, 3), transparency=(1, 2, 3)), (255, 255, 255)),
+    "CMYK": (encoded(Image.new("RGB", (16, 16), ORANGE).convert("CMYK"), "JPEG"), ORANGE),
+    "huge JPEG": (flat("RGB", ORANGE, "JPEG", side=3000), ORANGE), "BMP": (flat("RGB", ORANGE, "BMP"), ORANGE),
+    "animated GIF": (flat("RGB", GREEN, "GIF", save_all=True, append_images=[BLACK]), GREEN),
+    "animated WebP": (flat("RGB", GREEN, "WEBP", lossless=True, save_all=True, append_images=[BLACK]), GREEN),
+    "16-bit RGB": (png(16, 16, 16, 2, (b"\0" + b"\xc8\x00\x5a\x00\x28\x00" * 16) * 16), ORANGE),
+    "16-bit TIFF": (flat("I;16", 32768, "TIFF"), (128,) * 3), "16-bit PGM": (b"P5 16 16 65535\n" + b"\x80\0" * 256, (128,) * 3)}
+COLOURS |= {f"16-bit grey {value}": (grey16(value), (grey,) * 3)
+            for value, grey in [(0, 0), (257, 1), (12850, 50), (32768, 128), (65535, 255)]}
+
+
+@pytest.mark.parametrize("kind", COLOURS)
+def test_every_mode_becomes_the_right_rgb(kind):
+    """Grey, palette, alpha, CMYK, 16-bit and animated (first frame) photos keep their colour within 2 of 255."""
+    face = gan.decode_face(COLOURS[kind][0], 32, 0.5)
+    assert face.shape == (32, 32, 3) and face.dtype == np.uint8
+    assert np.abs(face.astype(int) - COLOURS[kind][1]).max() <= 2
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
+def test_truncated_photo_is_never_half_a_face(format):
+    """A photo cut at any of 40 lengths either fails or gives the whole face."""
+    data = encoded(noise(), format)
+    whole = gan.decode_face(data, 32, 1.0)
+    for length in np.linspace(0, len(data) - 1, 40, dtype=int):
+        try:
+            assert np.array_equal(gan.decode_face(data[:length], 32, 1.0), whole), f"{length} of {len(data)} bytes"
+        except (OSError, ValueError, SyntaxError, IndexError, struct.error):
+            continue
+
+
+# Hostile sources
+
+HOSTILE = {  # a name -> the content, and the reason for which it is skipped, or the number of the photo it becomes
+    "text.jpg": (b"not a photo at all", "image"), "empty.png": (b"", "is empty"), "zeros.jpg": (bytes(5000), "image"),
+    "dot.png": (flat("RGB", 0, side=1), "too small"), "line.png": (encoded(Image.new("L", (30_000, 2))), "too small"),
+    "bomb.png": (png(30_000, 30_000, 8, 2, bytes(10**6)), "pixels"), "bomb2.png": (png(10_000, 9_000, 8, 2, b""), "pixels"),
+    "text bomb.png": (photo(1)[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**7))) + photo(1)[33:], "."),
+    "truncated.jpg": (encoded(noise(), "JPEG")[:1500], "truncated"), "bad CRC.png": (photo(1)[:29] + b"!!!!" + photo(1)[33:], "."),
+    "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n" * 9, "image"), "floats.tif": (flat("F", 0.5, "TIFF"), "floating"),
+    "PNG named.jpg": (photo(10), 10), "UPPER.PnG": (photo(11), 11), "trailing.png": (photo(12) + b"<?php ?>" * 999, 12),
+    "huge EXIF.png": (flat("RGB", (13, 0, 128), exif=b"Exif\0\0MM\0*" + b"\xff" * 10**6), 13),
+    "folder.jpg/inside.png": (photo(14), 14), "long" * 50 + ".png": (photo(15), 15), "ünï côdé 顔.png": (photo(16), 16)}
+HOSTILE_NAMES = {"new\nline.png": (photo(17), 17), "no \udcff UTF-8.png": (photo(18), 18), "a\\b:*?.png": (photo(19), 19)}
+
+
+@pytest.mark.parametrize("kind", ["photos", "a.zip", "a.tgz"])
+def test_hostile_photos_are_converted_or_skipped_for_a_reason(tmp_path, kind):
+    """Each hostile photo in a folder, zip and tgz is converted right or stands in the manifest with its reason."""
+    cases = HOSTILE | (HOSTILE_NAMES if os.name == "posix" and kind != "a.zip" else {})
+    source, before = pack(tmp_path / kind, {name: data for name, (data, _) in cases.items()}), listing(tmp_path, kind)
+    manifest = prepared(source, tmp_path / "data", limit=0, per_person=0)
+    found, expected = reasons(manifest), {name: reason for name, (_, reason) in cases.items() if isinstance(reason, str)}
+    assert sorted(seen(tmp_path / "data")) == [number for _, number in cases.values() if isinstance(number, int)]
+    assert found.keys() == expected.keys() and manifest["photos_found"] == len(cases)
+    assert [(name, found[name]) for name in found if not re.search(expected[name], found[name])] == []
+    assert not any("\n" in reason or "0x" in reason for reason in found.values())  # an address would differ each time
+    assert listing(tmp_path, (kind, "data")) == before
+
+
+@posix
+def test_hostile_things_in_a_folder(tmp_path):
+    """Links, loops, fifos and files beyond all measure are skipped; no link leads out of the source."""
+    source = pack(tmp_path / "photos", {"good.png": photo(1), "sub.png/good.png": photo(2)})
+    secret = pack(tmp_path / "outside", {"secret.png": photo(3)})
+    for link, target in [("link.png", secret / "secret.png"), ("out", secret), ("self.png", "self.png"), ("sub.png/up", source)]:
+        (source / link).symlink_to(target)
+    os.mkfifo(source / "fifo.png")
+    with open(source / "huge.png", "wb") as file:
+        file.truncate(1 << 40)
+    manifest = prepared(source, tmp_path / "data")
+    assert sorted(seen(tmp_path / "data")) == [1, 2]
+    assert reasons(manifest) == {"link.png": "is a link", "self.png": "is a link", "fifo.png": "is not a regular file",
+                                 "huge.png": "is larger than 100 MB"}
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a file that its reader may not read; root may")
+def test_unreadable_file_and_folder_are_skipped(tmp_path):
+    """A file and a folder without permission are skipped with the system's reason."""
+    source = pack(tmp_path / "photos", {"good.png": photo(1), "closed.png": photo(2), "locked/a.png": photo(3)})
+    (source / "closed.png").chmod(0)
+    (source / "locked").chmod(0)
+    manifest = prepared(source, tmp_path / "data")
+    (source / "locked").chmod(0o700)
+    assert reasons(manifest) == dict.fromkeys(["closed.png", "locked"], "Permission denied")
+
+
+MEMBERS = {  # a member of an archive -> its kind in a zip, its kind in a tar, and the reason for which it is skipped
+    "../up.png": (0, b"0", "leads out"), "/root.png": (0, b"0", "leads out"), "C:/drive.png": (0, b"0", "leads out"),
+    "a/../../up.png": (0, b"0", "leads out"), "link.png": (0o120777, tarfile.SYMTYPE, "is a link"),
+    "hard.png": (None, tarfile.LNKTYPE, "is a link"), "device.png": (0o020666, tarfile.CHRTYPE, "is not a regular"),
+    "fifo.png": (0o010666, tarfile.FIFOTYPE, "is not a regular"), "secret.png": (0, None, "encrypted"),
+    "folder.png/": (0o040755, tarfile.DIRTYPE, None), "good.png": (0o100644, b"0", None)}
+
+
+def write_members(path: Path) -> Path:
+    """An archive of MEMBERS."""
+    with zipfile.ZipFile(path, "w") if path.suffix == ".zip" else tarfile.open(path, "w:gz") as archive:
+        for name, (mode, kind, _) in MEMBERS.items():
+            if path.suffix == ".zip" and mode is not None:
+                info = zipfile.ZipInfo(name)
+                info.external_attr = mode << 16
+                archive.writestr(info, b"" if name.endswith("/") else photo(1))
+                info.flag_bits |= name == "secret.png"  # encrypted
+            elif path.suffix != ".zip" and kind is not None:
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname, info.size = kind, "/etc/passwd", len(photo(1)) if kind == b"0" else 0
+                archive.addfile(info, io.BytesIO(photo(1)))
+    return path
+
+
+@pytest.mark.parametrize("kind, lacks", [("a.zip", "hard.png"), ("a.tgz", "secret.png")])
+def test_hostile_members_of_an_archive(tmp_path, kind, lacks):
+    """Members that lead out, links, devices and encrypted ones are skipped; nothing is written outside the target."""
+    inside = pack(tmp_path / "a" / "b", {"neighbour": b""})
+    source, before = write_members(inside / kind), listing(tmp_path)
+    found = reasons(prepared(source, inside / "data"))
+    assert seen(inside / "data") == [1] and listing(tmp_path, without="a/b/data") == before
+    assert found.keys() == {name for name, (*_, reason) in MEMBERS.items() if reason and name != lacks}
+    assert all(MEMBERS[name][2] in reason for name, reason in found.items())
+
+
+@pytest.mark.parametrize("kind", ["zip", "lzma.zip", "tar", "tgz", "tar.xz"])
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_damaged_archives(tmp_path, kind, damage):
+    """An archive cut at any length, or with a byte changed, gives the photos that can be read, or an error of one line."""
+    path, rng = tmp_path / f"photos.{kind}", random.Random(0)
+    whole = pack(path, {f"{i}.png": photo(i) + rng.randbytes(1000) for i in range(8)}).read_bytes()
+    for place in [*range(0, 60, 10), *rng.sample(range(len(whole)), 20)]:
+        rest = bytes([whole[place] ^ rng.randrange(1, 256)]) + whole[place + 1:]
+        path.write_bytes(whole[:place] + (rest if damage == "flipped" else b""))
+        try:
+            manifest = prepared(path, tmp_path / "data")
+        except gan.UserError as error:
+            assert path.name in str(error) and "\n" not in str(error)
+            continue
+        numbers = seen(tmp_path / "data")
+        if damage == "cut":  # a plain tar that ends between two members looks whole
+            assert set(numbers) <= set(range(8)) and (len(numbers) == 8 or manifest["skipped"] or kind == "tar")
+
+
+@pytest.mark.parametrize("name, content", [
+    *((kind, files) for kind in ("photos", "photos.zip", "photos.tgz")
+      for files in ({}, {"notes.txt": b"x"}, {"a.jpg": b"bad", "b.png": b""})),
+    *(("photos.zip", content) for content in (None, b"", b"no archive", b"PK\3\4 broken", b"\x1f\x8b broken"))])
+def test_nothing_usable_is_one_line(tmp_path, capsys, name, content):
+    """Where no photo can be used: exit code 1 and one line that says where they were looked for."""
+    (tmp_path / "photos").mkdir()
+    if isinstance(content, dict):
+        pack(tmp_path / name, content)
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert str(tmp_path / name) in error_line(capsys, "prepare", "--dataset", tmp_path / name, "--data", tmp_path / "data")
+
+
+SIZES = [32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256]  # 4 to 7 times a power of two
+
+
+@pytest.mark.parametrize("argv, code, expected", [
+    ([], 1, ["--dataset", "--download", "--demo"]), (["--size", "81"], 2, [f" {size}" for size in SIZES])])
+def test_the_way_out_is_named(tmp_path, capsys, monkeypatch, argv, code, expected):
+    """With no photos at the default place the line names three ways to some; a wrong size lists the right ones."""
+    monkeypatch.chdir(tmp_path)
+    line = error_line(capsys, "prepare", *argv, code=code)
+    assert all(part in line for part in expected) and gan.image_sizes() == SIZES
+
+
+# The dataset on disk
+
+def test_manifest_tells_all(tmp_path):
+    """Batches of at most 200 uint8 faces with their SHA-256, settings, source and skipped files; a contact sheet."""
+    files = {f"{i:03}.png": photo(i) for i in range(405)} | {"bad.png": b"bad"}
+    source, data = pack(tmp_path / "photos", files), tmp_path / "data"
+    manifest = prepared(source, data, seed=3)
+    assert manifest == json.loads((data / "manifest.json").read_text()) == prepared(source, data, seed=3)
+    assert (manifest["count"], manifest["source"], manifest["photos_found"]) == (405, str(source), 406)
+    assert manifest["settings"] == {"dataset": str(source), "demo": False, "download": False, "data": str(data), "size": 32,
+                                    "crop": 1.0, "per_person": 2, "limit": 2000, "seed": 3}
+    assert [batch["count"] for batch in manifest["batches"]] == [200, 200, 5] and list(reasons(manifest)) == ["bad.png"]
+    packed = [(data / batch["file"]).read_bytes() for batch in manifest["batches"]]
+    assert [hashlib.sha256(p).hexdigest() for p in packed] == [batch["sha256"] for batch in manifest["batches"]]
+    faces = torch.cat([torch.load(io.BytesIO(gzip.decompress(p)), weights_only=True) for p in packed])
+    assert faces.dtype == torch.uint8 and faces.shape == (405, 3, 32, 32) and torch.equal(faces, gan.load_faces(data)[0])
+    with Image.open(data / "faces.png") as sheet:
+        assert sheet.size == (10 * 34 + 2, 10 * 34 + 2)  # 10×10 faces of 32 pixels, 2 between and around
+
+
+@pytest.mark.parametrize("files", [
+    {"thesis.txt": b"x"}, {"sub/holiday.jpg": b"x"}, {"manifest.json": b'{"name": "an app"}'}, {"faces.png": b"mine"},
+    {"manifest.json": b"[]", "a.txt": b""}], ids=lambda files: "+".join(files))
+def test_folder_that_is_not_ours_is_refused_and_untouched(tmp_path, capsys, files):
+    """prepare writes into no folder that holds anything but a dataset of its own."""
+    data = pack(tmp_path / "data", files)
+    before = listing(tmp_path)
+    assert "--data" in error_line(capsys, "prepare", "--demo", "--limit", 1, "--size", 32, "--data", data)
+    assert listing(tmp_path) == before
+
+
+def test_dataset_inside_its_source_is_no_photo(tmp_path):
+    """With the dataset's folder inside the photos' folder, a second prepare gives the same faces."""
+    source = pack(tmp_path / "photos", {f"{i}.png": photo(i) for i in range(5)})
+    first = prepared(source, source / "data")
+    assert prepared(source, source / "data") == first
+
+
+def only_ours(data: Path) -> bool:
+    """Whether a dataset's folder holds what its manifest names, and nothing else."""
+    manifest = json.loads((data / "manifest.json").read_text())
+    return set(listing(data)) == {"manifest.json", "faces.png"} | {batch["file"] for batch in manifest["batches"]}
+
+
+@pytest.fixture
+def earlier(tmp_path, dataset) -> Path:
+    """A dataset of 64 faces that another prepare is to replace."""
+    return Path(shutil.copytree(dataset, tmp_path / "data"))
+
+
+def test_full_disk_at_every_step(tmp_path, earlier, capsys, monkeypatch):
+    """Whichever replacing of a file fails, one line says so and the earlier dataset loads whole, or the new one does."""
+    source, old, real = pack(tmp_path / "photos", PEOPLE), gan.load_faces(earlier)[0], os.replace
+    arguments = ["prepare", "--dataset", str(source), "--data", str(earlier), "--size", "32"]
+    for failing in range(4):  # a batch (twice: into and out of the scratch folder), the manifest, the contact sheet
+        left = iter([False] * failing + [True])
+
+        def replace(old, new, left=left):
+            if next(left, False):
+                raise OSError(28, "No space left on device", str(new))
+            real(old, new)
+        monkeypatch.setattr(os, "replace", replace)
+        assert "No space left" in error_line(capsys, *arguments) and not list(earlier.glob(".gan-*"))
+        faces = gan.load_faces(earlier)[0]
+        assert torch.equal(faces, old) or failing == 3 and len(faces) == 10
+    monkeypatch.undo()
+    assert gan.main(arguments) == 0 and len(gan.load_faces(earlier)[0]) == 10 and only_ours(earlier)
+
+
+KILLER = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import gan
+EVENTS = "open os.rename os.remove os.mkdir os.rmdir os.truncate mmap.__new__ shutil.rmtree".split()
+
+def killed_at(step):
+    shutil.rmtree("data", True)
+    shutil.copytree("earlier", "data")
+    if not (child := os.fork()):
+        left = iter(range(step - 1, -1, -1))
+        sys.addaudithook(lambda event, _: event in EVENTS and next(left, 1) == 0 and os.kill(os.getpid(), signal.SIGKILL))
+        gan.prepare(gan.PrepareSettings(demo=True, size=32, limit=3))
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+counts = []
+while killed_at(len(counts) + 1):
+    counts.append(len(gan.load_faces(Path("data"))[0]))
+killed_at(counts.index(3))
+print(json.dumps(counts))
+"""
+
+
+@posix
+def test_sigkill_before_every_file_operation(tmp_path, earlier):
+    """A real SIGKILL before each open, rename, remove ... leaves the earlier dataset whole, or the new one whole."""
+    earlier.rename(tmp_path / "earlier")
+    done = subprocess.run([sys.executable, "-c", KILLER, str(ROOT)], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=120, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    counts = json.loads(done.stdout)  # faces in the dataset after a kill before the first, second ... operation
+    assert len(counts) >= 10 and counts == sorted(counts, reverse=True) and set(counts) == {64, 3}
+    assert len(gan.load_faces(earlier)[0]) == 64 and not only_ours(earlier)  # killed just before the new one stood
+    prepared(pack(tmp_path / "photos", PEOPLE), earlier)
+    assert len(seen(earlier)) == 10 and only_ours(earlier)
+
+
+def test_ctrl_c_cleans_up(tmp_path, earlier, monkeypatch):
+    """Ctrl-C while photos are decoded ends with code 130; the folder is as it was, without scratch files."""
+    before, source, face = listing(earlier), pack(tmp_path / "photos", PEOPLE), np.zeros((32, 32, 3), np.uint8)
+    decoded = iter([face] * 3)
+
+    def decode(*_, **__):
+        if (found := next(decoded, None)) is None:
+            raise KeyboardInterrupt
+        return found
+    monkeypatch.setattr(gan, "decode_face", decode)
+    assert gan.main(["prepare", "--dataset", str(source), "--data", str(earlier), "--size", "32"]) == 130
+    assert listing(earlier) == before
+
+
+@pytest.mark.parametrize("file, damage", [
+    *(("faces-*.gz", damage) for damage in (lambda old: old[:-1], lambda old: b"", lambda old: old[:99] + b"!" + old[100:], None)),
+    *(("manifest.json", lambda old, new=new: new) for new in (b"", b"{", b"[]", b"null", b"\xff\0", b"[" * 100_000)),
+    ("manifest.json", lambda old: old[:-9]), ("manifest.json", None)])
+def test_damaged_file_is_named_and_prepare_mends_it(tmp_path, earlier, capsys, file, damage):
+    """A batch or manifest that is truncated, changed or missing is told in one line; the next prepare mends it."""
+    path, = earlier.glob(file)
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+    line = error_line(capsys, "train", "--data", earlier, "--run", tmp_path / "run")
+    assert str(path if "*" in file else earlier) in line and "prepare" in line
+    prepared(pack(tmp_path / "photos", PEOPLE), earlier)
+    assert len(seen(earlier)) == 10 and only_ours(earlier)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-2, 300) | st.floats() | st.text(max_size=5), max_leaves=3,
+                    extend=lambda a: st.lists(a, max_size=2) | st.dictionaries(st.text(max_size=3), a, max_size=2))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_changed_manifest_never_gives_wrong_faces(dataset, earlier, data):
+    """Whatever one value of the manifest is changed to: the same faces, or an error of one line."""
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    key, place = data.draw(st.sampled_from([(key, at) for at in (manifest, manifest["batches"][0]) for key in sorted(at)]))
+    place[key] = data.draw(JSON)
+    (earlier / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        assert torch.equal(gan.load_faces(earlier)[0], gan.load_faces(dataset)[0])
+    except (gan.UserError, OSError) as error:  # main makes one line of either
+        assert str(earlier) in str(error) and "\n" not in str(error)
+
+
+# Numbers and drawn faces
+
+@given(st.lists(st.floats(-10, 10, width=32), min_size=1))
+def test_images_and_faces_are_inverse_and_round_to_the_nearest(numbers):
+    """All 256 values come back the same, 0 as -1 and 255 as 1; every float becomes the nearest value."""
+    values, exact = torch.arange(256, dtype=torch.uint8), np.clip((np.array(numbers) + 1) * 127.5, 0, 255)
+    assert torch.equal(gan.to_image(gan.to_face(values)), values) and gan.to_face(values)[[0, 255]].tolist() == [-1, 1]
+    assert np.abs(gan.to_image(torch.tensor(numbers)).numpy() - exact).max() <= 0.5 + 1e-4
+
+
+def test_drawn_faces_depend_on_the_seed_and_differ(tmp_path):
+    """The same seed draws the same bytes, another seed others; of 50 faces no two are alike."""
+    first, again, other = (prepared(None, tmp_path / name, demo=True, limit=50, seed=seed)["batches"]
+                           for name, seed in [("a", 1), ("b", 1), ("c", 2)])
+    assert first == again != other
+    faces = gan.load_faces(tmp_path / "a")[0].float().flatten(1)
+    apart = torch.cdist(faces, faces, p=1) / faces.shape[1] + 1000 * torch.eye(50)
+    assert apart.min() > 8  # of 255, on average over all pixels
+
+
+# --download
+
+@pytest.mark.parametrize("installed, expected", [(False, "pip install kagglehub"), (True, "no route to host")])
+def test_download_that_cannot_be_is_one_line(tmp_path, capsys, monkeypatch, installed, expected):
+    """Without kagglehub: the pip command. With it but without a network: what it says, on one line."""
+    def dataset_download(handle):
+        raise ConnectionError("no route\nto host")
+    module = types.SimpleNamespace(dataset_download=dataset_download) if installed else None  # None: not to be found
+    monkeypatch.setitem(sys.modules, "kagglehub", module)
+    assert expected in error_line(capsys, "prepare", "--download", "--data", tmp_path / "data")
+
+
+def test_download_through_the_real_kagglehub(tmp_path, monkeypatch):
+    """The real library fetches from a server on this machine what Kaggle holds (an archive in an archive), once."""
+    pytest.importorskip("kagglehub", reason="the optional library kagglehub is not installed")
+    environment, asked = pytest.importorskip("kagglesdk.kaggle_env"), []
+    inner = pack(tmp_path / "lfw.tgz", {f"lfw_funneled/{name}": data for name, data in PEOPLE.items()}).read_bytes()
+    outer = pack(tmp_path / "bundle.zip", {"lfw-funneled.tgz": inner, "pairs.txt": b"10 300"}).read_bytes()
+    answers = {"GetDataset": ("application/json", b'{"currentVersionNumber": 4}'), "DownloadDataset": ("application/zip", outer)}
+
+    class Kaggle(BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path.rpartition("/")[2], request["ownerSlug"], request["datasetSlug"]))
+            kind, body = answers[asked[-1][0]]
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with HTTPServer(("127.0.0.1", 0), Kaggle) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("HOME", "USERPROFILE", "KAGGLEHUB_CACHE", "KAGGLE_CONFIG_DIR"):
+            monkeypatch.setenv(name, str(tmp_path / "home"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setitem(environment._env_to_endpoint, environment.get_env(), f"http://127.0.0.1:{server.server_port}")
+        first, again = (prepared(None, tmp_path / "data", download=True) for _ in range(2))
+        server.shutdown()
+    assert first == again and sorted(seen(tmp_path / "data")) == [10 * p + n for p in range(5) for n in range(2)]
+    assert asked == [(name, "atulanandjha", "lfwpeople") for name in ("GetDataset", "DownloadDataset", "GetDataset")]

@@ -1,0 +1,87 @@
+"""Shapes, sizes and weights of the networks."""
+import pytest
+import reference
+import torch
+
+import gan
+
+SIZES = [32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256]
+
+
+def test_sizes_are_a_base_of_4_to_7_times_a_power_of_two():
+    """The offered sizes are the thirteen from 32 to 256 that the issue's rule allows."""
+    assert gan.image_sizes() == SIZES
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_has_its_networks(size):
+    """At each size the generator draws faces of that size in [-1, 1] and the discriminator gives one number each."""
+    faces = gan.Generator(size, 4)(torch.randn(2, 128))
+    assert faces.shape == (2, 3, size, size)
+    assert faces.abs().max() <= 1
+    assert gan.Discriminator(size, 4)(faces).shape == (2,)
+
+
+def test_shapes_at_80_are_the_documented_ones():
+    """512×5×5, 256×10×10, 128×20×20, 64×40×40, 3×80×80, and back."""
+    shapes = {}
+    for name, network, x in (("g", gan.Generator(80, 64), torch.randn(1, 128)),
+                             ("d", gan.Discriminator(80, 64, gan.InstanceNorm), torch.randn(1, 3, 80, 80))):
+        shapes[name] = []
+        for layer in network.layers:
+            if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+                layer.register_forward_hook(lambda _, __, y, name=name: shapes[name].append(tuple(y.shape[1:])))
+        network.eval()(x)
+    assert shapes["g"] == [(512, 5, 5), (256, 10, 10), (128, 20, 20), (64, 40, 40), (3, 80, 80)]
+    assert shapes["d"] == [(64, 40, 40), (128, 20, 20), (256, 10, 10), (512, 5, 5), (1, 1, 1)]
+
+
+def test_channels_are_capped_at_eight_widths():
+    """At 256 pixels, six doublings, the widest layers have 8 × width channels."""
+    assert gan.stage_channels(256, 16) == (4, [128, 128, 128, 64, 32, 16])
+
+
+@pytest.mark.parametrize(("model", "norm"), [("DCGAN", torch.nn.BatchNorm2d), ("WGAN", torch.nn.BatchNorm2d),
+                                             ("WGAN-GP", gan.InstanceNorm)])
+def test_weights_are_those_of_the_plain_networks(model, norm):
+    """Same number of layers and weights as the plain reference; no biases but the norms', no norm on the first layer."""
+    assert gan.OBJECTIVES[model].norm is norm
+    for ours, plain in ((gan.Generator(80, 8), reference.generator(80, 8)),
+                        (gan.Discriminator(80, 8, norm), reference.discriminator(model, 80, 8))):
+        assert [p.shape for p in ours.parameters()] == [p.shape for p in plain.parameters()]
+
+
+def test_instance_norm_equals_the_librarys():
+    """Value, first and second derivative agree with nn.InstanceNorm2d."""
+    torch.manual_seed(0)
+    ours, theirs = gan.InstanceNorm(6).double(), torch.nn.InstanceNorm2d(6, affine=True).double()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.nn.init.normal_(mine)
+        other.data.copy_(mine.data)
+    x = torch.randn(3, 6, 5, 4, dtype=torch.double, requires_grad=True)
+    probe = torch.randn_like(x)
+    results = []
+    for norm in (ours, theirs):
+        y = norm(x)
+        first, = torch.autograd.grad((y * probe).sum(), x, create_graph=True)
+        results.append((y, first, *torch.autograd.grad(first.square().sum(), (x, norm.weight))))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    """The same seed gives the same weights whatever was drawn before, another one others; no one else's numbers change."""
+    torch.manual_seed(7)
+    first, expected = gan.seeded(1, gan.Generator, 32, 4), torch.rand(1, generator=torch.Generator().manual_seed(7))
+    assert torch.rand(1) == expected
+    again, other = (gan.seeded(seed, gan.Generator, 32, 4) for seed in (1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.layers[0].weight, other.layers[0].weight)
+
+
+def test_the_first_penalties_are_moderate():
+    """A critic that begins with huge gradients hardly learns for a thousand updates: DCGAN's N(0, 0.02) gave 645 here."""
+    faces = torch.from_numpy(gan.np.stack([gan.draw_face_array(0, i, 80) for i in range(20)])).permute(0, 3, 1, 2)
+    pair = gan.Pair(gan.TrainSettings(width=16, balance=1000), 80, torch.device("cpu"))
+    penalty = dict(zip(gan.COLUMNS, pair.train_on(gan.to_face(faces), gan.Balance(1000)), strict=True))["gradient_penalty"]
+    assert penalty < 60

@@ -1,0 +1,225 @@
+"""The run directory: checkpoints that tell damage, a lock, a log; nothing that a kill or bad file can spoil."""
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+import gan
+
+STATE = {"version": 1, "settings": {"width": 4}, "progress": {"images_seen": 10, "epoch": 1}, "weights": torch.arange(500.0)}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    gan.write_checkpoint(tmp_path / "last.pt", STATE)
+    return tmp_path / "last.pt"
+
+
+def test_checkpoint_round_trip(checkpoint):
+    """What is read is what was written; torch's own safe loader and any zip reader take the file as it is."""
+    for state in (gan.read_checkpoint(checkpoint), torch.load(checkpoint, weights_only=True)):
+        assert torch.equal(state.pop("weights"), STATE["weights"])
+        assert state == {name: value for name, value in STATE.items() if name != "weights"}
+    assert zipfile.ZipFile(checkpoint).testzip() is None
+
+
+def test_every_truncation_is_told(checkpoint):
+    """Cut at any length, empty included."""
+    data = checkpoint.read_bytes()
+    for length in [*range(0, 70), *range(70, len(data), 97), *range(len(data) - 130, len(data))]:
+        checkpoint.write_bytes(data[:length])
+        with pytest.raises(gan.UserError, match="last.pt is damaged"):
+            gan.read_checkpoint(checkpoint)
+
+
+def test_every_flipped_bit_is_told(checkpoint):
+    """A bit flipped anywhere, in the weights, where torch's reader does not look, included."""
+    data = checkpoint.read_bytes()
+    for position in range(0, len(data), 41):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(gan.UserError, match="last.pt is damaged"):
+            gan.read_checkpoint(checkpoint)
+
+
+class Malicious:
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def with_valid_checksum(payload: bytes) -> bytes:
+    body = payload[:-2] + b"\x40\x00"
+    return body + gan.hashlib.sha256(body).hexdigest().encode()
+
+
+@pytest.mark.parametrize("payload", ["pickle", "torch", "signed", "text", "zip"])
+def test_a_foreign_or_malicious_file_is_refused_and_not_executed(tmp_path, monkeypatch, payload):
+    """Even one whose checksum was made right: the safe loader executes nothing."""
+    monkeypatch.chdir(tmp_path)
+    path, buffer = tmp_path / "last.pt", io.BytesIO()
+    torch.save({"version": 1, "evil": Malicious()}, buffer)
+    path.write_bytes({"pickle": pickle.dumps(Malicious()), "torch": buffer.getvalue(), "text": b"hello",
+                      "signed": with_valid_checksum(buffer.getvalue()), "zip": b"PK\x05\x06" + bytes(18)}[payload])
+    with pytest.raises(gan.UserError, match="last.pt"):
+        gan.read_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_another_format_is_named(tmp_path):
+    """A checkpoint of a later gan.py says which format it has."""
+    gan.write_checkpoint(tmp_path / "last.pt", STATE | {"version": 99})
+    with pytest.raises(gan.UserError, match="format 99, this gan.py reads 1"):
+        gan.read_checkpoint(tmp_path / "last.pt")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of gan.py may catch it."""
+
+
+def save_three(run):
+    """previous.pt at 10 images, last.pt at 20, a kept epoch 1 at 5."""
+    for images in (10, 20):
+        gan.save_last(run, STATE | {"progress": {"images_seen": images, "epoch": images // 10}})
+    gan.write_checkpoint(run / "epoch-00001.pt", STATE | {"progress": {"images_seen": 5, "epoch": 1}})
+
+
+@pytest.mark.parametrize(("broken", "images"), [([], 20), (["last.pt"], 10), (["last.pt", "previous.pt"], 5),
+                                                (["previous.pt"], 20)])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_going_on_from_the_newest_whole_checkpoint(tmp_path, capsys, broken, images, how):
+    """Damaged ones are passed over by name."""
+    save_three(tmp_path)
+    for name in broken:
+        if how == "gone":
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
+    assert gan.newest_good_checkpoint(tmp_path)["progress"]["images_seen"] == images
+    said = capsys.readouterr().out
+    assert how == "gone" or "last.pt" not in broken or "passed over" in said and "last.pt" in said
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path, monkeypatch, nth):
+    """Killed at a rename of the first save after last.pt was found damaged, the run still has a whole one."""
+    save_three(tmp_path)
+    (tmp_path / "epoch-00001.pt").unlink()
+    (tmp_path / "last.pt").write_bytes(b"damaged")
+    assert gan.newest_good_checkpoint(tmp_path)["progress"]["images_seen"] == 10
+    calls, real = [], os.replace
+
+    def dying(*arguments):
+        calls.append(arguments)
+        if len(calls) > nth:
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(gan.os, "replace", dying)
+    with pytest.raises(Killed):
+        for images in (20, 30):
+            gan.save_last(tmp_path, STATE | {"progress": {"images_seen": images, "epoch": 1}})
+    gan.remove_orphans(tmp_path)
+    assert gan.newest_good_checkpoint(tmp_path)["progress"]["images_seen"] >= 10
+
+
+def test_no_whole_checkpoint_is_an_error_and_none_at_all_a_new_run(tmp_path):
+    """A run that cannot be read is never silently begun anew."""
+    assert gan.newest_good_checkpoint(tmp_path) is None
+    save_three(tmp_path)
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(gan.UserError, match="start anew with another --run"):
+        gan.newest_good_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("nth", range(1, 5))
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, call, nth):
+    """At every fsync and rename of save_last, before it is done: the old or the new one can be gone on from."""
+    gan.save_last(tmp_path, STATE | {"progress": {"images_seen": 1, "epoch": 0}})
+    gan.save_last(tmp_path, STATE | {"progress": {"images_seen": 2, "epoch": 0}})
+    calls, real = [], getattr(os, call)
+
+    def dying(*arguments):
+        calls.append(arguments)
+        if len(calls) == nth:
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(gan.os, call, dying)
+    try:
+        gan.save_last(tmp_path, STATE | {"progress": {"images_seen": 3, "epoch": 0}})
+    except Killed:
+        pass
+    monkeypatch.undo()
+    assert gan.newest_good_checkpoint(tmp_path)["progress"]["images_seen"] in (2, 3)
+    gan.remove_orphans(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {"last.pt", "previous.pt"}
+
+
+def test_find_checkpoint(tmp_path):
+    """best where it is known, else last; an epoch number; a file; what is not there is answered with what is."""
+    save_three(tmp_path)
+    assert gan.find_checkpoint(tmp_path, None).name == "last.pt"
+    assert gan.find_checkpoint(tmp_path, "LAST").name == "last.pt"
+    assert gan.find_checkpoint(tmp_path, "1").name == gan.find_checkpoint(tmp_path, "00001").name == "epoch-00001.pt"
+    assert gan.find_checkpoint(tmp_path, str(tmp_path / "previous.pt")).name == "previous.pt"
+    with pytest.raises(gan.UserError, match="no checkpoint 7 in .*there are last, 1"):
+        gan.find_checkpoint(tmp_path, "7")
+    (tmp_path / "best.pt").touch()
+    assert gan.find_checkpoint(tmp_path, None).name == "best.pt"
+    with pytest.raises(gan.UserError, match="no run in"):
+        gan.find_checkpoint(tmp_path / "nowhere", None)
+
+
+@pytest.mark.parametrize("tail", ["", '{"epoch": 4, "lo', "\x00\x00"])
+def test_the_log_is_cut_to_the_checkpoint(tmp_path, tail):
+    """Lines of epochs that will be trained again are left out, and so is a last line that a kill cut short."""
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"epoch": e}) + "\n" for e in (1, 2, 3)) + tail)
+    assert [line["epoch"] for line in gan.read_log(tmp_path, 2)] == [1, 2]
+    assert [line["epoch"] for line in gan.read_log(tmp_path)] == [1, 2, 3]
+
+
+def test_a_second_training_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
+    """The refusal names the process; the lock of a killed process blocks nobody."""
+    code = ("import gan, pathlib, sys\nwith gan.RunLock(pathlib.Path(sys.argv[1])):\n"
+            "    print('locked', flush=True)\n    sys.stdin.read()")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              env=os.environ | {"PYTHONPATH": os.path.dirname(gan.__file__)}, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(gan.UserError, match=f"trained by process {holder.pid}"), gan.RunLock(tmp_path):
+        pass
+    holder.kill()
+    holder.communicate()
+    with gan.RunLock(tmp_path):
+        assert (tmp_path / "train.lock").read_text() == str(os.getpid())
+
+
+def test_failing_writes_name_the_file_and_leave_it_whole(tmp_path, monkeypatch):
+    """An error of the system becomes one line; the file before stays, and nothing half written."""
+    path = tmp_path / "file"
+    gan.atomic_write(path, b"before")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gan.os, "fsync", full)
+    with pytest.raises(gan.UserError, match=r"cannot write .*file: No space left on device"):
+        gan.atomic_write(path, b"after")
+    assert path.read_bytes() == b"before" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_curves_are_drawn_without_a_display(tmp_path, monkeypatch):
+    """And with missing values, which a minibatch without a discriminator update has."""
+    monkeypatch.delenv("DISPLAY", raising=False)
+    line = {name: 0.5 for name in gan.COLUMNS} | {"epoch": 1, "gradient_penalty": None}
+    gan.draw_curves(tmp_path, [line, line | {"epoch": 2}])
+    with gan.Image.open(tmp_path / "curves.png") as image:
+        assert image.width >= 800 and len(image.convert("RGB").getcolors(10**6)) > 10

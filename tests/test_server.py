@@ -1,0 +1,510 @@
+"""The server: the pure function from request to response first, then real sockets around it."""
+import base64
+import hashlib
+import http.client
+import io
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import quote
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gan
+from conftest import ROOT
+from soak import PATIENCE, bombard, connect, faces, read_all, request, statuses, talk
+
+CPU = torch.device("cpu")
+BASE = [round(v, 2) for v in np.random.default_rng(5).normal(size=128).clip(-3, 3).tolist()]
+FILES = {"last": "last.pt", "2": "epoch-00002.pt", "4": "epoch-00004.pt"}
+
+
+# ---- helpers, some of them also for test_page.py ----
+
+def vivid_copy(trained: Path, folder: Path) -> Path:
+    """A copy of the run with its last layers scaled up, each checkpoint's otherwise: after so few steps faces are grey."""
+    run = shutil.copytree(trained, folder / "run")
+    for file, gain in zip(FILES.values(), (60, -60, 30)):
+        state = gan.read_checkpoint(run / file)
+        weights = state["networks"]["averaged"]
+        weights[[name for name in weights if name.endswith("weight")][-1]] *= gain
+        gan.write_checkpoint(run / file, state)
+    return run
+
+
+def oracle(path: Path, values) -> np.ndarray:
+    """The face (S, S, 3) of one vector, drawn from the checkpoint file without any of gan.py's drawing code."""
+    state = torch.load(path, weights_only=True)
+    generator = gan.Generator(state["image_size"], state["settings"]["width"]).eval()
+    generator.load_state_dict(state["networks"]["averaged"])
+    with torch.no_grad():
+        face = generator(torch.tensor([values], dtype=torch.float32))[0]
+    return ((face + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy().astype(int)
+
+
+def picture(body: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(body)) as image:
+        assert image.format == "PNG" and image.mode == "RGB"
+        return np.asarray(image).astype(int)
+
+
+def same(one: np.ndarray, two: np.ndarray, levels: int = 1) -> bool:
+    """Equal up to one grey level, which the order of float additions may cost."""
+    return one.shape == two.shape and np.abs(one - two).max() <= levels
+
+
+def changed(i: int, value) -> list:
+    return [*BASE[:i], value, *BASE[i + 1:]]
+
+
+def target(values=BASE, **more) -> str:
+    return "/generate?values=" + ",".join(map(str, values)) + "".join(f"&{k}={quote(str(v), '')}" for k, v in more.items())
+
+
+@contextmanager
+def serving(site: gan.Site):
+    """A server on a free port, in a thread."""
+    with gan.Server(site, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def run(trained, tmp_path_factory):
+    """A run whose faces differ from each other; read only."""
+    return vivid_copy(trained, tmp_path_factory.mktemp("vivid"))
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    """A copy of it that a test may change."""
+    return shutil.copytree(run, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def site(run):
+    return gan.Site(run, None, CPU)
+
+
+@pytest.fixture(scope="module")
+def server(site):
+    with serving(site) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)) as connection:
+        yield connection
+
+
+def ask(client, method="GET", path="/", **options) -> tuple[int, bytes, http.client.HTTPMessage]:
+    client.request(method, path, **options)
+    answer = client.getresponse()
+    return answer.status, answer.read(), answer.headers
+
+
+# ---- the pure function ----
+
+@pytest.mark.parametrize("which", [None, *FILES])
+def test_face_is_the_averaged_generators(site, run, which):
+    """/generate answers the picture that the averaged weights of the asked checkpoint draw, and no other's."""
+    answer = site.respond("GET", target() if which is None else target(checkpoint=which))
+    assert (answer.status, answer.kind) == (200, "image/png")
+    assert [same(picture(answer.body), oracle(run / file, BASE)) for file in FILES.values()] == [
+        name == (which or "last") for name in FILES]
+
+
+@pytest.mark.parametrize("i", [0, 1, 64, 127])
+def test_value_i_is_number_i_of_z(site, run, i):
+    """Changing value i changes the picture as z[i] does, and as no neighbour does."""
+    found = picture(site.respond("GET", target(changed(i, 3))).body)
+    assert same(found, oracle(run / "last.pt", changed(i, 3)))
+    assert not same(found, oracle(run / "last.pt", BASE))
+    assert not same(found, oracle(run / "last.pt", changed((i + 1) % 128, 3)))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 8])
+def test_scale_enlarges_the_same_face(site, run, scale):
+    """scale=N is the face in N times its size: shrunk again it is nearly the face."""
+    plain, large = oracle(run / "last.pt", BASE), picture(site.respond("GET", target(scale=scale)).body)
+    assert large.shape == (32 * scale, 32 * scale, 3)
+    shrunk = large.reshape(32, scale, 32, scale, 3).mean((1, 3))
+    assert np.corrcoef(shrunk.ravel(), plain.ravel())[0, 1] > 0.97
+
+
+@pytest.mark.parametrize("text", ["0", "-0", "%2B.5", "5.", "1e-999", "-1E1", "100", "-1e2"])
+def test_numbers_in_usual_notation_are_taken(site, run, text):
+    """A number may be written with sign, point and exponent."""
+    value = float(text.replace("%2B", "+"))
+    assert same(picture(site.respond("GET", target(changed(3, text))).body), oracle(run / "last.pt", changed(3, value)))
+
+
+@pytest.mark.parametrize("i", [0, 57, 127])
+@pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-Infinity", "1e999", "1e30", "-101", "", "%20", "one", "1_0", "0x1",
+                                  "1e", "--1", "1%001", "%D9%A1", "9" * 5000])
+def test_wrong_number_is_named(site, i, text):
+    """A value that is no finite number within the limit is a 400 whose one line says which it is."""
+    answer = site.respond("GET", target(changed(i, text)))
+    assert answer.status == 400 and re.fullmatch(rf"value {i} .{{1,200}}\n", answer.body.decode())
+
+
+@pytest.mark.parametrize("query, named", [
+    ("", "values"), ("?", "values"), ("?values", "values"), ("?values=", "values"), ("?values=1", "values"),
+    ("?values=" + ",".join("0" * 127), "values"), ("?values=" + ",".join("0" * 129), "values"),
+    ("?value=" + ",".join("0" * 128), "values"), ("?values=" + "," * 10_000, "values"), ("?values=%FF", "address"),
+    (target()[9:] + "&values=1", "values"), (target(scale=1)[9:] + "&scale=1", "scale"), ("?" + "a=1&" * 50, "address")])
+def test_wrong_query_is_refused(site, query, named):
+    """Values absent, repeated, too few, too many or unreadable: 400 and one line that names them."""
+    answer = site.respond("GET", "/generate" + query)
+    assert answer.status == 400 and re.fullmatch(rf".{{0,20}}{named}.{{1,200}}\n", answer.body.decode())
+
+
+@pytest.mark.parametrize("scale", ["0", "9", "-1", "1.5", "", "+2", "0x2", "²", "٢", "1e0", "00018", "0001" + "0" * 5000],
+                         ids=lambda scale: ascii(scale)[:9])
+def test_wrong_scale_is_refused(site, scale):
+    """A scale that is no whole number from 1 to 8, however it is written, is a 400 that names it."""
+    answer = site.respond("GET", target(scale=scale))
+    assert answer.status == 400 and b"scale" in answer.body
+
+
+@pytest.mark.parametrize("which", ["", "3", "best", "../x", "../run/last", "/etc/passwd", "epoch-00002.pt", "last.pt", "last\0",
+                                   "2.0", "²", "-2", "9" * 5000])
+def test_unknown_checkpoint_is_refused(site, run, which):
+    """Checkpoints are looked up by the names of /api/model; anything else, a true path above all, is a 4xx."""
+    for name in (which, run / which if which.isprintable() else which):
+        answer = site.respond("GET", target(checkpoint=name))
+        assert answer.status in (400, 404) and answer.body.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("path", [
+    "", "*", "/gan.py", "/../gan.py", "/..%2fgan.py", "/%2e%2e/gan.py", "/%67an.py", "/gan_eval.html", "/last.pt", "/config.json",
+    "/log.jsonl", "/samples/", "/.git/config", "/etc/passwd", "//etc/passwd", "/generate/../gan.py", "/api", "/api/model/",
+    "/generate/", "/\\..\\gan.py", "/%00", "/.", "/..", "file:///etc/passwd", "http://a/gan.py", "//[::1", "/\xff"])
+def test_nothing_else_is_reachable(site, path):
+    """There are the page, /generate and /api/model; every other address is refused."""
+    answer = site.respond("GET", path)
+    assert answer.status in (400, 404) and answer.body.count(b"\n") == 1 and len(answer.body) < 200
+
+
+@pytest.mark.parametrize("path", ["/", "/generate", "/nothing"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "get", ""])
+def test_other_methods_are_refused(site, method, path):
+    """Only GET and HEAD are answered; 405 says so in Allow."""
+    answer = site.respond(method, path)
+    assert answer.status == 405 and dict(answer.headers)["Allow"] == "GET, HEAD"
+
+
+def test_model_is_described(site, run):
+    """/api/model names run, checkpoints with epochs, and sizes."""
+    answer = site.respond("GET", "/api/model")
+    facts = json.loads(answer.body)
+    assert answer.kind == "application/json" and facts["run"] == str(run) and isinstance(facts["directions"], list)
+    assert (facts["latent_size"], facts["image_size"], facts["model"], facts["default"]) == (128, 32, "WGAN-GP", "last")
+    assert {c["name"]: (c["epoch"], c["best"]) for c in facts["checkpoints"]} == {
+        "last": (4, False), "2": (2, False), "4": (4, False)}
+
+
+def test_threads_share_forward_passes(site, run, monkeypatch):
+    """Requests that wait at one moment are drawn together, and each gets its own face."""
+    come, sizes, draw, parse = threading.Semaphore(0), [], gan.draw, gan.parse_values
+
+    def waiting_draw(generator, z, *rest):
+        if not sizes:  # the first pass begins when all have come
+            assert all(come.acquire(timeout=PATIENCE) for _ in range(16))
+        sizes.append(len(z))
+        return draw(generator, z, *rest)
+
+    def counted_parse(text):
+        come.release()
+        return parse(text)
+    monkeypatch.setattr(gan, "draw", waiting_draw)
+    monkeypatch.setattr(gan, "parse_values", counted_parse)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda i: site.respond("GET", target(changed(i, 3))), range(16)))
+    assert sum(sizes) == 16 and len(sizes) < 16
+    assert all(same(picture(answer.body), oracle(run / "last.pt", changed(i, 3))) for i, answer in enumerate(answers))
+
+
+def test_newer_checkpoint_is_picked_up(copied):
+    """A last.pt that training replaced draws the next face; in the moment when it is away, the one before still does."""
+    site, before = gan.Site(copied, None, CPU), oracle(copied / "last.pt", BASE)
+    (copied / "last.pt").unlink()  # as between the two renames of a save
+    assert same(picture(site.respond("GET", target()).body), before) and site.respond("GET", "/api/model").status == 200
+    os.replace(copied / "epoch-00002.pt", copied / "last.pt")
+    assert same(picture(site.respond("GET", target()).body), oracle(copied / "last.pt", BASE))
+
+
+# ---- sockets ----
+
+class Page(HTMLParser):
+    """Collects the texts of a page's scripts and styles, and the attributes that its policy would block."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.texts, self.tag, self.blocked = {"script": [], "style": []}, None, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tag = tag
+        self.blocked += [name for name, _ in attributes if name.startswith("on") or name in ("src", "style")]
+
+    def handle_data(self, data):
+        if self.tag in self.texts:
+            self.texts[self.tag].append(data)
+
+    def handle_endtag(self, tag):
+        self.tag = None
+
+
+def test_policy_allows_the_pages_own_script_and_style_only(client):
+    """The Content-Security-Policy holds the SHA-256 of the one script and the one style, and nothing wider."""
+    status, body, headers = ask(client)
+    page, policy = Page(body.decode()), headers["Content-Security-Policy"]
+    assert status == 200 and headers["Content-Type"].startswith("text/html") and page.blocked == []
+    for tag, texts in page.texts.items():
+        digest = base64.b64encode(hashlib.sha256("".join(texts).encode()).digest()).decode()
+        assert len(texts) == 1 and f"{tag}-src 'sha256-{digest}';" in policy
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
+
+
+@pytest.mark.parametrize("method, path", [("GET", "/"), ("GET", target()), ("GET", "/api/model"), ("GET", "/no"), ("POST", "/")])
+def test_every_answer_is_fenced(client, method, path):
+    """Every answer forbids sniffing, storing and scripts, and none opens the door to other sites."""
+    _, _, headers = ask(client, method, path)
+    assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert not [name for name in headers if name.lower().startswith("access-control")]
+
+
+@pytest.mark.parametrize("hosts, good", [
+    (["127.0.0.1:{port}"], True), (["LocalHost:{port}"], True), (["evil.example:{port}"], False), (["127.0.0.1"], False),
+    (["127.0.0.1:1"], False), (["localhost.evil.example:{port}"], False), (["a@127.0.0.1:{port}"], False), ([""], False),
+    ([":{port}"], False), ([], False), (["127.0.0.1:{port}", "127.0.0.1:{port}"], False)])
+def test_host_must_be_our_own(server, hosts, good):
+    """A Host header that is absent, doubled or not this server's name and port is refused: DNS rebinding."""
+    lines = "".join(f"Host: {host.format(port=server.port)}\r\n" for host in hosts)
+    answer = talk(server.port, f"GET / HTTP/1.1\r\n{lines}\r\n".encode())
+    assert statuses(answer)[0] in ([200] if good else [400, 403]) and (b"<html" in answer) == good
+
+
+def test_connection_is_kept(client):
+    """Requests of every outcome travel over one connection, each answer in its place, their bodies dropped."""
+    client.connect()
+    first = client.sock
+    for method, path, body, status in [("GET", target(), None, 200), ("GET", "/no", None, 404), ("HEAD", "/", None, 200),
+                                       ("POST", "/", b"GET /x HTTP/1.1\r\n\r\n", 405), ("GET", "/generate", b"x" * 60_000, 400),
+                                       ("GET", "/", None, 200)]:
+        found, content, headers = ask(client, method, path, body=body)
+        assert found == status and client.sock is first
+        assert content == b"" if method == "HEAD" else len(content) == int(headers["Content-Length"])
+
+
+def test_head_is_get_without_body(client):
+    """HEAD answers the header of GET."""
+    (got, _, headers), (status, body, head) = ask(client, "GET", target()), ask(client, "HEAD", target())
+    assert status == got == 200 and body == b"" and head.items() == headers.items()
+
+
+@pytest.mark.parametrize("data, status", [
+    ("GET /" + "x" * gan.MAX_REQUEST_LINE, 414),
+    ("GET / HTTP/1.1\nHost: {host}\nX: " + "x" * gan.MAX_HEADER_BYTES, 431),
+    ("GET / HTTP/1.1\nHost: {host}\n" + ("X: " + "x" * 500 + "\n") * (gan.MAX_HEADER_BYTES // 500), 431),
+    (f"GET / HTTP/1.1\nHost: {{host}}\nContent-Length: {gan.MAX_BODY_BYTES + 1}\n\n", 413),
+    ("GET / HTTP/1.1\nHost: {host}\nContent-Length: " + "9" * 5000 + "\n\n", 413),
+    ("GET / HTTP/1.1\nHost: {host}\nContent-Length: -1\n\n", 400), ("GET / HTTP/1.1\nHost: {host}\nContent-Length: 1_0\n\n", 400),
+    ("GET / HTTP/1.1\nHost: {host}\nContent-Length: 3\nContent-Length: 4\n\nabc", 400),
+    ("GET / HTTP/1.1\nHost: {host}\nno colon\nContent-Length: 3\n\nabc", 400),
+    ("POST / HTTP/1.1\nHost: {host}\nTransfer-Encoding: chunked\n\n0\n\n", 400),
+    ("GET / HTTP/2.0\nHost: {host}\n\n", 400), ("GET / HTTP/1.x\nHost: {host}\n\n", 400), ("GET /\n\n", 400),
+    ("GET / HTTP/0.9\nHost: {host}\n\n", 400), ("garbage\n\n", 400), ("\x16\x03\x01\x02\x00\x01\xfc\x03\x03\n\n", 400)],
+    ids=["line", "long header", "many headers", "body", "huge body", "negative", "underscore", "two lengths", "no colon", "chunked",
+         "HTTP/2", "HTTP/1.x", "no version", "HTTP/0.9", "garbage", "TLS"])
+def test_unreadable_request_ends_the_connection(server, data, status):
+    """What is too large or no HTTP/1.1 gets one 4xx with a line of text, and the connection ends."""
+    lines = data.replace("{host}", f"127.0.0.1:{server.port}").replace("\n", "\r\n")
+    answer = talk(server.port, lines.encode("latin-1"))
+    assert statuses(answer) == [status] and b"\r\nConnection: close\r\n" in answer and b"<html" not in answer
+
+
+def test_line_header_and_body_at_their_limits_are_served(server):
+    """Right at the limits a request is still answered."""
+    line, header, body = "/?" + "x" * (gan.MAX_REQUEST_LINE - 17), "X: " + "x" * (gan.MAX_HEADER_BYTES - 200), gan.MAX_BODY_BYTES
+    data = request(server.port, "GET", line) + request(server.port, "GET", "/", header, f"Content-Length: {body}", body=bytes(body))
+    assert statuses(talk(server.port, data + request(server.port))) == [200, 200, 200]
+
+
+def test_client_that_goes_away_leaves_no_trace(site, capfd, monkeypatch):
+    """Whenever a client disconnects, nothing is printed and the next one is served."""
+    with serving(site) as server:
+        ended, end = threading.Semaphore(0), server.shutdown_request
+        monkeypatch.setattr(server, "shutdown_request", lambda request: (end(request), ended.release()))
+        full = request(server.port, path=target(scale=8))
+        half = request(server.port, "POST", "/", "Content-Length: 50", body=b"half")
+        for data in (b"", b"GE", full[:60], full[:-2], half, full, full * 30):
+            for abruptly in (False, True):
+                with connect(server.port) as connection:
+                    if abruptly:  # a reset in place of an orderly end
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    connection.sendall(data)
+                assert ended.acquire(timeout=PATIENCE)
+        assert statuses(talk(server.port, full)) == [200]
+    assert capfd.readouterr().err == ""
+
+
+def test_fault_inside_is_500_without_details(run, monkeypatch, capfd):
+    """A fault of ours tells the client nothing and the operator one line; the connection goes on."""
+    def fail(self, query):
+        raise RuntimeError("a secret\nof two lines")
+    monkeypatch.setattr(gan.Site, "face", fail)
+    with serving(gan.Site(run, None, CPU)) as server:
+        answer = talk(server.port, request(server.port, path="/generate") + request(server.port))
+    assert statuses(answer) == [500, 200] and b"secret" not in answer and b"RuntimeError" not in answer
+    assert re.fullmatch(r"gan\.py: GET '/generate' failed: RuntimeError: a secret.*\n", capfd.readouterr().err)
+
+
+def test_damaged_checkpoint_costs_its_own_requests(copied, capfd):
+    """A kept checkpoint that is damaged is a 500 for those who ask for it, with one line that names the file."""
+    with serving(gan.Site(copied, None, CPU)) as server:
+        (copied / "epoch-00002.pt").write_bytes(b"PK" + bytes(5000))
+        answer = talk(server.port, request(server.port, path=target(checkpoint=2)) + request(server.port, path=target()))
+    assert statuses(answer) == [500, 200] and str(copied).encode() not in answer
+    assert re.fullmatch(r".*epoch-00002\.pt.*\n", capfd.readouterr().err)
+
+
+def test_too_many_connections_get_503_and_then_recover(site, monkeypatch):
+    """Beyond MAX_CONNECTIONS the answer is 503 with Retry-After; when one ends the next is served."""
+    monkeypatch.setattr(gan, "MAX_CONNECTIONS", 2)
+    with serving(site) as server, connect(server.port) as one, connect(server.port):
+        for _ in range(3):
+            answer = talk(server.port, request(server.port))
+            assert statuses(answer) == [503] and b"\r\nRetry-After: 1\r\n" in answer
+        one.shutdown(socket.SHUT_WR)
+        assert read_all(one) == b""  # the server has let go of it
+        assert statuses(talk(server.port, request(server.port))) == [200]
+
+
+@pytest.mark.parametrize("start", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\nX: ",
+                                   b"GET / HTTP/1.1\r\nContent-Length: 9999\r\n\r\n"])
+@pytest.mark.parametrize("drip", [b"", b"x"])
+def test_slow_client_is_cut_off(site, monkeypatch, start, drip):
+    """A client that has not sent its request in time is cut off, silent or dripping; others are served meanwhile."""
+    monkeypatch.setattr(gan, "REQUEST_SECONDS", 0.5)
+    with serving(site) as server, connect(server.port) as slow:
+        slow.sendall(start)
+        assert statuses(talk(server.port, request(server.port))) == [200]
+        for _ in range(PATIENCE * 20):  # waits on the socket until its end comes, or for a moment before the next byte
+            if select.select([slow], [], [], 0.05)[0]:
+                break
+            slow.send(drip)
+        slow.settimeout(0.1)
+        assert read_all(slow) == b""
+
+
+def test_idle_time_is_not_taken_from_the_next_request(run, monkeypatch):
+    """On a kept connection a request has its full time, however long the connection was idle before."""
+    clock, reached, go_on = [0.0], threading.Event(), threading.Event()
+    monkeypatch.setattr(gan, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def slow_face(self, query):
+        reached.set()
+        assert go_on.wait(PATIENCE)
+        return self.page
+    monkeypatch.setattr(gan.Site, "face", slow_face)
+    with serving(gan.Site(run, None, CPU)) as server, connect(server.port) as kept:
+        kept.sendall(request(server.port, "HEAD"))
+        assert statuses(kept.recv(65536)) == [200]
+        clock[0] = gan.REQUEST_SECONDS * 0.9
+        kept.sendall(request(server.port, path="/generate"))
+        assert reached.wait(PATIENCE)
+        clock[0] = gan.REQUEST_SECONDS * 1.1
+        for _ in range(3):  # so that the server has looked at its clock again
+            assert statuses(talk(server.port, request(server.port))) == [200]
+        go_on.set()
+        kept.shutdown(socket.SHUT_WR)
+        assert statuses(read_all(kept)) == [200]
+
+
+def test_bad_requests_never_fault_or_hang(server, capfd):
+    """10,000 generated bad requests get a 4xx, or what they by luck deserve, and an end."""
+    found, hangs = bombard(server.port, 10_000)
+    assert hangs == 0 and max(found) < 500 and capfd.readouterr().err == ""
+    assert {400, 403, 404, 405, 413, 414, 431} <= set(found) and len(found) > 8000
+
+
+# ---- the command ----
+
+def test_busy_port_is_one_line(server, run, capsys):
+    """A port in use ends with exit code 1 and a line that says how to choose another."""
+    assert gan.main(["eval", "--run", str(run), "--port", str(server.port)]) == 1
+    assert re.fullmatch(rf"gan\.py: .*{server.port}.*--port.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("host, warns", [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+def test_other_host_prints_a_warning(run, monkeypatch, capsys, host, warns):
+    """Listening to more than this machine prints who can use the server."""
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(gan.Server, "serve_forever", interrupted)
+    assert gan.main(["eval", "--run", str(run), "--host", host, "--port", "0"]) == 130
+    assert ("warning: anyone who can reach" in capsys.readouterr().out) == warns
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: b"x" + data[1:]])
+def test_eval_of_a_damaged_run_is_one_line(copied, capsys, damage):
+    """A checkpoint that is not whole ends eval with exit code 1 and a line that names it."""
+    (copied / "last.pt").write_bytes(damage((copied / "last.pt").read_bytes()))
+    assert gan.main(["eval", "--run", str(copied), "--port", "0"]) == 1
+    assert re.fullmatch(r"gan\.py: .*last\.pt.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGINT for one process")
+def test_eval_prints_its_url_and_ends_by_ctrl_c(run):
+    """eval --port 0 prints where it listens on one line; Ctrl-C in the midst of drawing ends it at once with 130."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, a new process ignores it too
+    process = subprocess.Popen([sys.executable, ROOT / "gan.py", "eval", "--run", run, "--port", "0"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
+    drawn, over = threading.Semaphore(0), threading.Event()
+
+    def goes_on(asked: int) -> bool:
+        if asked:
+            drawn.release()
+        return not over.is_set()
+    try:
+        url = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())
+        with urlopen(url[0], timeout=PATIENCE) as answer, connect(int(url[1])), ThreadPoolExecutor(8) as pool:
+            assert b"<html" in answer.read()
+            for number in range(8):
+                pool.submit(faces, int(url[1]), number, goes_on)
+            try:
+                assert all(drawn.acquire(timeout=PATIENCE) for _ in range(50))
+                process.send_signal(signal.SIGINT)
+                rest, errors = process.communicate(timeout=PATIENCE)
+            finally:
+                over.set()
+    finally:
+        process.kill()
+    assert (process.returncode, rest, errors) == (130, "", "")

@@ -1,0 +1,335 @@
+"""Training: the same as the plain reference, and a run that is broken off and gone on with is as one that was not."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from conftest import run_gan
+
+import gan
+
+MODELS = ["DCGAN", "WGAN", "WGAN-GP"]
+CPU = torch.device("cpu")
+
+
+def settings(dataset, run, **changes):
+    return gan.TrainSettings(**{"data": str(dataset), "run": str(run), "width": 4, "epochs": 3, "batch_size": 16,
+                                "device": "cpu", "save_every": 1, "keep_every": 2, **changes})
+
+
+def outcome(run: Path) -> dict:
+    """All that two runs must have in common: the checkpoint, the log but for the clock, the pictures."""
+    state = gan.read_checkpoint(run / "last.pt")
+    state["settings"].pop("run")
+    log = [{k: v for k, v in line.items() if k != "seconds"} for line in gan.read_log(run)]
+    return {"state": state, "log": log, "pictures": {p.name: p.read_bytes() for p in (run / "samples").iterdir()}}
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture
+def precision(request):
+    """Sets the type that networks and random numbers have, and gives it back."""
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-3)], indirect=["precision"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("turn", ["discriminator", "generator"])
+def test_one_update_is_the_references(model, turn, precision, bound):
+    """Loss, gradients and new weights of one update are the plain implementation's. In float32 the gradients' relative
+    difference is about 1e-6, but more where rounding takes an activation over a rectifier's kink."""
+    pair = gan.Pair(settings("", "", model=model, width=8, balance=1), 32, CPU)
+    plain = reference.Reference(model, 32, 8)
+    plain.copy_weights(pair.generator, pair.discriminator)
+    start = {name: [weight.detach().clone() for weight in network.parameters()] for name, network in pair.networks().items()}
+    real = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    draws = torch.Generator()
+    draws.set_state(pair.random.get_state())
+    z = torch.randn(20, 128, generator=draws)
+    row = pair.train_on(real.contiguous(memory_format=torch.channels_last),
+                        gan.Balance(1, discriminator_left=int(turn == "discriminator")))
+    row = dict(zip(gan.COLUMNS, row.tolist(), strict=True))
+    if turn == "discriminator":
+        loss = plain.update_discriminator(real, z, torch.rand(20, generator=draws))
+        assert row["discriminator_loss"] + row["gradient_penalty"] == pytest.approx(loss.item(), rel=min(bound, 1e-5))
+        trained, other, oracle = pair.discriminator, pair.generator, plain.d
+    else:
+        loss = plain.update_generator(z)
+        assert row["generator_loss"] == pytest.approx(loss.item(), rel=min(bound, 1e-5))
+        trained, other, oracle = pair.generator, pair.discriminator, plain.g
+    assert all(weight.grad is None for weight in other.parameters()), "computed gradients that nobody uses"
+    for ours, theirs, before in zip(trained.parameters(), oracle.parameters(), start[turn], strict=True):
+        assert (ours.grad - theirs.grad).norm() <= bound * theirs.grad.norm()
+        assert (ours - theirs).norm() <= 0.02 * (theirs - before).norm()  # Adam divides rounding errors by themselves
+
+
+@pytest.mark.parametrize("precision", [torch.float64], indirect=True)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_balanced_loop_takes_the_references_turns(model, precision):
+    """Twelve minibatches: the same decisions, and weights that stay together."""
+    pair = gan.Pair(settings("", "", model=model, width=8), 32, CPU)
+    plain = reference.Reference(model, 32, 8)
+    plain.copy_weights(pair.generator, pair.discriminator)
+    draws, faces = torch.Generator(), torch.Generator().manual_seed(2)
+    draws.set_state(pair.random.get_state())
+    balance = gan.Balance()
+    for _ in range(12):
+        real = torch.rand(20, 3, 32, 32, generator=faces) * 2 - 1
+        row = pair.train_on(real, balance)
+        turn = plain.train_on(real, torch.randn(20, 128, generator=draws), lambda: torch.rand(20, generator=draws))
+        assert bool(row[-1]) == (turn == "discriminator")
+    for ours, theirs in zip(pair.discriminator.parameters(), plain.d.parameters(), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_averaged_generator_has_the_half_life_it_says(monkeypatch):
+    """Ramped to 5 % of the images seen, BatchNorm statistics averaged like weights: against the closed form."""
+    monkeypatch.setattr(gan, "AVERAGE_HALF_LIFE_IMAGES", 1000)
+    pair = gan.Pair(settings("", ""), 32, CPU)
+    with torch.no_grad():
+        for value in pair.averaged.state_dict().values():
+            value.zero_()
+        for value in pair.generator.state_dict().values():
+            value.fill_(1)
+    pair.progress.images_seen = pair.progress.averaged_at = 100_000
+    for _ in range(50):
+        pair.count(20, "discriminator")
+    pair.count(20, "generator")  # 1,020 images since the last one
+    for name, value in pair.averaged.state_dict().items():
+        assert value.float().mean().item() == pytest.approx(1 if "num_batches" in name else 1 - 0.5 ** 1.02, rel=1e-5)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL at an exact moment: nothing in gan.py catches it."""
+
+
+def die_at(monkeypatch, moment: str, nth: int) -> None:
+    """Raise Killed at the nth time that training passes a moment; a log line is half written then."""
+    owner, name = {"rename": (gan.os, "replace"), "fsync": (gan.os, "fsync"), "log": (gan, "append_log"),
+                   "update": (gan.Pair, "train_on"), "grid": (gan, "grid_image")}[moment]
+    real, calls = getattr(owner, name), []
+
+    def dying(*arguments):
+        calls.append(0)
+        if len(calls) == nth:
+            if moment == "log":
+                with open(arguments[0] / "log.jsonl", "a") as file:
+                    file.write(json.dumps(arguments[1])[:30])
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def unbroken(request, dataset, tmp_path_factory):
+    """(model, outcome) of a run of 3 epochs that nothing disturbed."""
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    assert gan.train(settings(dataset, run, model=request.param)) == 0
+    return request.param, outcome(run)
+
+
+@pytest.mark.parametrize(("moment", "times"), [("rename", (1, 3, 5, 8, 9, 10, 11)), ("fsync", (2, 7, 12, 15)),
+                                               ("log", (1, 2)), ("update", (1, 5, 7, 12)), ("grid", (2, 3, 4))])
+def test_killed_at_any_moment_and_gone_on_with_is_as_never_killed(unbroken, dataset, tmp_path, monkeypatch, moment, times):
+    """Killed several times over, in the middle of what it writes: bit-identical weights, states, log and pictures."""
+    model, expected = unbroken
+    run = tmp_path / "run"
+    for nth in times:
+        with monkeypatch.context() as patch:
+            die_at(patch, moment, nth)
+            try:
+                gan.train(settings(dataset, run, model=model))
+            except Killed:
+                pass
+    assert gan.train(settings(dataset, run, model=model)) == 0
+    assert same(outcome(run), expected)
+    assert not list(run.glob(".gan-*"))
+
+
+def test_stopped_in_mid_epoch_it_goes_on_from_that_minibatch(unbroken, dataset, tmp_path, monkeypatch, capsys):
+    """SIGTERM and Ctrl-C save within a minibatch, exit 143 and 130, and nothing is trained twice."""
+    model, expected = unbroken
+    run, real, trained = tmp_path / "run", gan.Pair.train_on, []
+
+    def interrupted(pair, *arguments):
+        trained.append(pair.progress.images_seen)
+        if len(trained) in (3, 8):
+            signal.raise_signal(signal.SIGTERM if len(trained) == 3 else signal.SIGINT)
+        return real(pair, *arguments)
+
+    monkeypatch.setattr(gan.Pair, "train_on", interrupted)
+    assert [gan.train(settings(dataset, run, model=model)) for _ in range(3)] == [143, 130, 0]
+    assert trained == list(range(0, 3 * 64, 16))
+    assert "stopped in epoch 1 and saved; the same command goes on" in capsys.readouterr().out
+    assert same(outcome(run), expected)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_real_signal_to_a_real_process(dataset, tmp_path, number, code):
+    """A training process that is signalled after its first epoch exits with the code of the signal, saved."""
+    command = [sys.executable, gan.__file__, "train", "--data", dataset, "--run", "run", "--width", "4",
+               "--epochs", "100000", "--save-every", "100000", "--device", "cpu"]
+    with subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 1/"):
+                process.send_signal(number)
+                break
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code and "and saved" in out and "Traceback" not in err
+    assert gan.read_checkpoint(tmp_path / "run" / "last.pt")["progress"]["images_seen"] > 0
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    """With the signal's exit code, by way of the system: the first has the run saved, the second does not wait."""
+    ended = []
+    monkeypatch.setattr(gan.os, "_exit", ended.append)
+    with gan.StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert (stop.code, ended) == (130, [])
+        signal.raise_signal(signal.SIGINT)
+    assert ended == [130]
+
+
+def test_the_run_folder_holds_what_is_promised(trained, dataset):
+    """config.json, a log line an epoch, grids of real, untrained and each epoch's faces, curves, checkpoints."""
+    names = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
+    grids = {f"samples/epoch-{epoch:05d}.png" for epoch in range(5)} | {"samples/real.png"}
+    assert names == grids | {"config.json", "log.jsonl", "curves.png", "last.pt", "previous.pt", "epoch-00002.pt",
+                             "epoch-00004.pt", "train.lock"}
+    log = gan.read_log(trained)
+    assert [(line["epoch"], line["images_seen"]) for line in log] == [(e, 64 * e) for e in (1, 2, 3, 4)]
+    for line in log:
+        assert line["discriminator_updates"] + line["generator_updates"] == line["images_seen"] // 16
+        assert all(0 <= line[name] <= 1 for name in ("discriminator_accuracy", "generator_accuracy", "discriminator_share"))
+    assert log[-1]["discriminator_updates"] == pytest.approx(4 * sum(line["discriminator_share"] for line in log))
+    config = json.loads((trained / "config.json").read_text())
+    assert config["settings"]["width"] == 4 and config["image_size"] == 32
+    with gan.Image.open(trained / "samples" / "epoch-00004.png") as grid:
+        assert grid.size == (342, 342)
+        first = torch.from_numpy(gan.np.asarray(grid.crop((2, 2, 34, 34))).copy()).permute(2, 0, 1)
+    generator, _ = gan.load_generator(trained / "last.pt", CPU)
+    assert torch.equal(first, gan.draw(generator, gan.draw_latents(100, 0))[0])
+    with gan.Image.open(trained / "samples" / "real.png") as grid:
+        first = torch.from_numpy(gan.np.asarray(grid.crop((2, 2, 34, 34))).copy()).permute(2, 0, 1)
+    assert torch.equal(first, gan.load_faces(dataset)[0][0])
+
+
+def test_each_epoch_sees_every_face_once_in_another_order(dataset, tmp_path, monkeypatch):
+    """The order is reshuffled each epoch from the seed."""
+    seen, real = [], gan.Pair.train_on
+    monkeypatch.setattr(gan.Pair, "train_on", lambda pair, x, balance: seen.append(x.flatten(1).sum(1)) or real(pair, x, balance))
+    gan.train(settings(dataset, tmp_path / "run", epochs=2))
+    sums = gan.to_face(gan.load_faces(dataset)[0]).flatten(1).sum(1)
+    epochs = torch.cat(seen).view(2, 64)
+    assert not torch.equal(*epochs)
+    for epoch in epochs:
+        assert torch.allclose(epoch.sort()[0], sums.sort()[0], rtol=1e-4, atol=1e-2)
+
+
+def test_no_more_epochs_than_are_done(trained, dataset, capsys):
+    """Says so and succeeds."""
+    assert gan.train(settings(dataset, trained, epochs=4)) == 0
+    assert "has 4 epochs already: ask for more with --epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("change", "words"), [({"width": 8}, "--width 4 (now 8)"), ({"model": "DCGAN"}, "--model WGAN-GP"),
+                                               ({"seed": 1}, "--seed 0 (now 1)"), ({"batch_size": 8}, "--batch-size 16")])
+def test_other_settings_than_the_checkpoints_are_named(trained, dataset, change, words):
+    """Settings that a run cannot change are refused by name, before anything is written."""
+    before = (trained / "config.json").read_bytes()
+    with pytest.raises(gan.UserError) as error:
+        gan.train(settings(dataset, trained, epochs=9, **change))
+    assert words in str(error.value) and (trained / "config.json").read_bytes() == before
+
+
+def test_other_faces_than_the_run_began_with_are_refused(trained, tmp_path):
+    """Naming a file of the dataset that was not there then."""
+    gan.prepare(gan.PrepareSettings(demo=True, data=str(tmp_path), size=32, limit=64, seed=5))
+    with pytest.raises(gan.UserError, match=r"the faces changed since .*faces-00000-.*pt\.gz was not among"):
+        gan.train(settings(tmp_path, trained, epochs=9))
+
+
+def test_going_on_from_a_kept_checkpoint(unbroken, dataset, tmp_path):
+    """--checkpoint 2 goes back to epoch 2 and ends where the run ended the first time."""
+    model, expected = unbroken
+    run = tmp_path / "run"
+    gan.train(settings(dataset, run, model=model))
+    assert gan.train(settings(dataset, run, model=model, checkpoint="2")) == 0
+    result = outcome(run)
+    assert result["state"]["settings"].pop("checkpoint") == "2"
+    assert same({**result, "state": result["state"] | {"settings": 0}}, {**expected, "state": expected["state"] | {"settings": 0}})
+
+
+@pytest.mark.parametrize("victim", ["loss", "weights"])
+def test_numbers_that_are_not_finite_stop_the_run(dataset, tmp_path, monkeypatch, victim):
+    """With the epoch, the network, and the command that goes on from the last good kept checkpoint; nothing bad is saved."""
+    real = gan.Pair.train_on
+
+    def poisoned(pair, *arguments):
+        row = real(pair, *arguments)
+        if pair.progress.images_seen == 16 * 10:  # minibatch 2 of epoch 3
+            if victim == "loss":
+                row[2] = float("nan")
+            else:
+                next(pair.averaged.parameters()).data[0] = float("inf")
+        return row
+
+    monkeypatch.setattr(gan.Pair, "train_on", poisoned)
+    run = tmp_path / "run"
+    with pytest.raises(gan.UserError) as error:
+        gan.train(settings(dataset, run))
+    text = str(error.value)
+    assert "epoch 3" in text and f"train --run {run} --checkpoint 2" in text
+    assert ("loss of the discriminator" in text and "minibatch 2" in text) if victim == "loss" else "weights of the averaged" in text
+    assert gan.read_checkpoint(run / "last.pt")["progress"]["epoch"] == 2
+
+
+def test_out_of_memory_is_one_line(dataset, tmp_path, monkeypatch, capsys):
+    """That names the flags to lower, exit 1."""
+    def hungry(*_):
+        return torch.empty(2 ** 60)
+
+    monkeypatch.setattr(gan.Pair, "train_on", hungry)
+    assert gan.main(["train", "--data", str(dataset), "--run", str(tmp_path / "run"), "--width", "4"]) == 1
+    assert "lower --batch-size or --width" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_training_on_a_gpu_goes_on_on_a_cpu(dataset, tmp_path):
+    """A run begun on CUDA is finished on the CPU, and back."""
+    for epochs, device in ((1, "cuda"), (2, "cpu"), (3, "cuda")):
+        assert gan.train(settings(dataset, tmp_path / "run", epochs=epochs, device=device)) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on file sizes")
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(trained, dataset, tmp_path):
+    """A limit on the size of files stands for a full disk: exit 1, the path and the reason, last.pt whole."""
+    run = tmp_path / "run"
+    gan.shutil.copytree(trained, run)
+    limit = (run / "last.pt").stat().st_size // 2
+    code = (f"import resource, signal, sys, gan; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(gan.main(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", code, "train", "--data", dataset, "--run", run, "--width", "4",
+                           "--batch-size", "16", "--epochs", "6", "--save-every", "1", "--device", "cpu"], text=True,
+                          env=os.environ | {"PYTHONPATH": os.path.dirname(gan.__file__)}, capture_output=True, timeout=100)
+    assert done.returncode == 1 and "last.pt: File too large" in done.stderr and done.stderr.count("\n") == 1
+    assert gan.read_checkpoint(run / "last.pt")["progress"]["epoch"] >= 4 and not list(run.glob(".gan-*"))
+    assert run_gan("generate", "--run", run, "--count", 1, cwd=tmp_path).returncode == 0
