@@ -1680,8 +1680,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Refuse a request that the library could not read: it is the client's fault, so never a 5xx."""
-        code = {501: 405, 505: 400}.get(code, code)
-        text = {405: "only GET and HEAD are answered", 413: "the body is too large",
+        code = 400 if code == 505 else code
+        text = {413: "the body is too large",
                 414: "the request line is too long", 431: "the header is too large"}.get(code, "cannot be read")
         self.reply(BadRequest(code, text).response, close=True)
 
@@ -1795,15 +1795,17 @@ def command_prepare(settings: PrepareSettings) -> int:
     return 0
 
 
+DEMO_EPOCHS = 30  # of the demo's small network: about three minutes on two cores
+
+
 def command_demo(settings: DemoSettings) -> int:
     """drawn faces -> three minutes of training -> page"""
     if not read_manifest(Path("demo/data")):
         command_prepare(PrepareSettings(demo=True, data="demo/data", size=64))
-    code = train(TrainSettings(data="demo/data", run="demo/run", width=16, epochs=DEMO_EPOCHS, save_every=1))
+    code = train(TrainSettings(data="demo/data", run="demo/run", width=16, epochs=DEMO_EPOCHS))
     return code or serve(EvalSettings(run="demo/run", port=settings.port))
 
 
-DEMO_EPOCHS = 12  # about three minutes on two cores
 COMMANDS = {"prepare": (PrepareSettings, command_prepare, "turn photos into a dataset"),
             "train": (TrainSettings, train, "train a GAN; the same command goes on where it stopped"),
             "generate": (GenerateSettings, generate, "draw faces into PNG files"),

@@ -44,8 +44,8 @@ sys.exit(gan.main(sys.argv[1:]))
 def train(data: Path, run: Path, model: str, *, die_at_write: int | None = None, die_after: float | None = None) -> bool:
     """Train to epoch 40; returns whether the process was killed."""
     code = [str(ROOT / "gan.py")] if die_at_write is None else ["-c", DYING, str(die_at_write)]
-    command = [sys.executable, *code, "train", "--data", str(data), "--run", str(run), "--model", model, "--width", "8",
-               "--epochs", "40", "--save-every", "1", "--keep-every", "10", "--device", "cpu"]
+    command = [sys.executable, *code, "train", "--data", str(data), "--run", str(run), "--model", model,
+               "--width", "8", "--epochs", "40", "--save-every", "1", "--keep-every", "10", "--device", "cpu"]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
     try:
         process.wait(timeout=die_after)
@@ -93,26 +93,23 @@ def main() -> int:
             whole, broken = Path(folder) / f"{model}-whole", Path(folder) / f"{model}-broken"
             train(data, whole, model)
             by_time = by_write = 0
-            while by_time + by_write < arguments.kills:
+            problems = []
+            while by_time + by_write < arguments.kills and not problems:
                 if chance.random() < 0.5:
                     by_time += train(data, broken, model, die_after=chance.uniform(1, 8))
                 else:
                     by_write += train(data, broken, model, die_at_write=chance.randint(1, 40))
-                if (broken / "last.pt").exists() and gan.read_log(broken) and gan.read_log(broken)[-1]["epoch"] >= 38:
-                    if differences(whole, finish(data, broken, model)):
-                        break
-                    gan.shutil.rmtree(broken)  # done before it was killed often enough: start again
-            problems = differences(whole, finish(data, broken, model))
+                log = gan.read_log(broken)
+                if log and log[-1]["epoch"] >= 38:  # done before it was killed often enough: compare, and start again
+                    train(data, broken, model)
+                    problems = differences(whole, broken)
+                    gan.shutil.rmtree(broken)
+            train(data, broken, model)
+            problems = problems or differences(whole, broken)
             failed += bool(problems)
-            print(f"{model}: killed {by_time} times at a random time and {by_write} times in a random write; then "
-                  + (f"DIFFERENT: {problems[:5]}" if problems else "bit-identical to a run that was never killed"), flush=True)
+            print(f"{model}: killed {by_time} times at a random time and {by_write} times in a random write, then "
+                  + (f"DIFFERENT: {problems[:5]}" if problems else "bit-identical to a run never killed"), flush=True)
     return min(failed, 1)
-
-
-def finish(data: Path, run: Path, model: str) -> Path:
-    """Train a run to its end."""
-    train(data, run, model)
-    return run
 
 
 if __name__ == "__main__":
