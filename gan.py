@@ -1795,14 +1795,14 @@ def command_prepare(settings: PrepareSettings) -> int:
     return 0
 
 
-DEMO_EPOCHS = 30  # of the demo's small network: about three minutes on two cores
+DEMO_EPOCHS = 12  # of the demo, whose faces are small: about three minutes on two cores
 
 
 def command_demo(settings: DemoSettings) -> int:
     """drawn faces -> three minutes of training -> page"""
     if not read_manifest(Path("demo/data")):
-        command_prepare(PrepareSettings(demo=True, data="demo/data", size=64))
-    code = train(TrainSettings(data="demo/data", run="demo/run", width=16, epochs=DEMO_EPOCHS))
+        command_prepare(PrepareSettings(demo=True, data="demo/data", size=48))
+    code = train(TrainSettings(data="demo/data", run="demo/run", epochs=DEMO_EPOCHS))
     return code or serve(EvalSettings(run="demo/run", port=settings.port))
 
 
