@@ -71,8 +71,8 @@ class UserError(Exception):
 
 
 def say(text: str) -> None:
-    """Print a line, above the progress bar where there is one; names that no terminal can show are escaped."""
-    tqdm.write(text.encode("utf-8", "backslashreplace").decode(), file=sys.stdout)
+    """Print a line at once, above the progress bar where there is one."""
+    tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -461,8 +461,8 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def remove_orphans(folder: Path) -> None:
-    """Remove what a killed process left half written in one of our folders."""
-    for orphan in folder.glob(".gan-*"):
+    """Remove what a killed process left half written in one of our folders and those in it."""
+    for orphan in list(folder.rglob(".gan-*")):
         shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink(missing_ok=True)
 
 
@@ -1839,6 +1839,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 success, 1 failure, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a file's name may be more than the terminal can show
     arguments = vars(make_parser().parse_args(argv))
     declaration, command, _ = COMMANDS[arguments.pop("command")]
     try:
@@ -1850,10 +1852,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         problem = f"{error.filename or 'reading or writing failed'}: {one_line(error)}"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "t allocate memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search("out of memory|t allocate memory", str(error)):
             raise
         problem = "out of memory: lower --batch-size or --width, or prepare smaller faces with --size"
-    print(f"gan.py: {problem}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    print(f"gan.py: {problem}", file=sys.stderr)
     return 1
 
 

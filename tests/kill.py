@@ -77,7 +77,7 @@ def differences(a: Path, b: Path) -> list[str]:
     logs = [[{**line, "seconds": 0} for line in gan.read_log(run)] for run in (a, b)]
     found += ["log.jsonl"] if logs[0] != logs[1] or len(logs[0]) != 40 else []
     pictures = [{p.name: p.read_bytes() for p in (run / "samples").iterdir()} for run in (a, b)]
-    return found + (["samples"] if pictures[0] != pictures[1] else []) + [p.name for p in b.glob(".gan-*")]
+    return found + (["samples"] if pictures[0] != pictures[1] else []) + [p.name for p in b.rglob(".gan-*")]
 
 
 def main() -> int:

@@ -120,9 +120,9 @@ class Killed(BaseException):
 
 
 def die_at(monkeypatch, moment: str, nth: int) -> None:
-    """Raise Killed at the nth time that training passes a moment; a log line is half written then."""
+    """Raise Killed at the nth time that training passes a moment; a log line or a file is half written then."""
     owner, name = {"rename": (gan.os, "replace"), "fsync": (gan.os, "fsync"), "log": (gan, "append_log"),
-                   "update": (gan.Pair, "train_on"), "grid": (gan, "grid_image")}[moment]
+                   "update": (gan.Pair, "train_on"), "file": (gan, "atomic_write")}[moment]
     real, calls = getattr(owner, name), []
 
     def dying(*arguments):
@@ -131,6 +131,9 @@ def die_at(monkeypatch, moment: str, nth: int) -> None:
             if moment == "log":
                 with open(arguments[0] / "log.jsonl", "a") as file:
                     file.write(json.dumps(arguments[1])[:30])
+            if moment == "file":
+                path, data = arguments
+                path.with_name(f".gan-{path.name}.1.tmp").write_bytes(bytes(data)[:len(data) // 2])
             raise Killed
         return real(*arguments)
 
@@ -146,7 +149,7 @@ def unbroken(request, dataset, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("moment", "times"), [("rename", (1, 3, 5, 8, 9, 10, 11)), ("fsync", (2, 7, 12, 15)),
-                                               ("log", (1, 2)), ("update", (1, 5, 7, 12)), ("grid", (2, 3, 4))])
+                                               ("log", (1, 2)), ("update", (1, 5, 7, 12)), ("file", (2, 3, 4, 5, 6, 7))])
 def test_killed_at_any_moment_and_gone_on_with_is_as_never_killed(unbroken, dataset, tmp_path, monkeypatch, moment, times):
     """Killed several times over, in the middle of what it writes: bit-identical weights, states, log and pictures."""
     model, expected = unbroken
@@ -160,7 +163,7 @@ def test_killed_at_any_moment_and_gone_on_with_is_as_never_killed(unbroken, data
                 pass
     assert gan.train(settings(dataset, run, model=model)) == 0
     assert same(outcome(run), expected)
-    assert not list(run.glob(".gan-*"))
+    assert not list(run.rglob(".gan-*"))
 
 
 def test_stopped_in_mid_epoch_it_goes_on_from_that_minibatch(unbroken, dataset, tmp_path, monkeypatch, capsys):
