@@ -230,6 +230,7 @@ def walk_source(source: Path) -> Iterator[Entry]:
 
 
 def walk_folder(root: Path) -> Iterator[Entry]:
+    """Photos of a folder and those in it, sorted; linked folders are not entered."""
     troubles: list[OSError] = []
     for folder, subfolders, names in os.walk(root, onerror=troubles.append):
         subfolders.sort()
@@ -245,6 +246,7 @@ def walk_folder(root: Path) -> Iterator[Entry]:
 
 
 def walk_zip(path: Path) -> Iterator[Entry]:
+    """Photos of a .zip, in its order."""
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if is_photo_name(info.filename) and not info.is_dir():
@@ -254,6 +256,7 @@ def walk_zip(path: Path) -> Iterator[Entry]:
 
 
 def walk_tar(path: Path) -> Iterator[Entry]:
+    """Photos of a .tar, packed or not, in its order; each can be read only before the next one is asked for."""
     with tarfile.open(path) as archive:
         for member in archive:
             archive.members = []  # tarfile would remember every member of a long archive
@@ -338,6 +341,7 @@ def read_jobs(source: Path, slots: dict[str, int], decode: Callable) -> Iterator
 
 
 def refuse(reason: str) -> None:
+    """The job of a photo that could not be read: fails with the reason."""
     raise ValueError(reason)
 
 
@@ -1144,7 +1148,6 @@ class ProgressBar:
     def __init__(self, epochs: int, images_an_epoch: int, progress: Progress):
         self.epochs, self.images, self.progress = epochs, images_an_epoch, progress
         self.on_terminal = sys.stderr.isatty()
-        self.started, self.images_before = time.monotonic(), progress.images_seen
 
     def __enter__(self) -> ProgressBar:
         self.bar = tqdm(total=self.epochs * self.images, initial=self.progress.images_seen, unit="img", smoothing=0.05,
@@ -1165,9 +1168,9 @@ class ProgressBar:
     def line(self, entry: dict) -> None:
         """Tell of a finished epoch where no bar can."""
         if not self.on_terminal:
-            speed = (self.progress.images_seen - self.images_before) / max(time.monotonic() - self.started, 1e-9)
-            left = (self.epochs - entry["epoch"]) * self.images / speed
-            say(f"epoch {entry['epoch']}/{self.epochs}: {speed:.1f} img/s, {tqdm.format_interval(left)} left, "
+            seconds = max(entry["seconds"], 0.01)
+            left = tqdm.format_interval((self.epochs - entry["epoch"]) * seconds)
+            say(f"epoch {entry['epoch']}/{self.epochs}: {self.images / seconds:.1f} img/s, {left} left, "
                 f"acc D {entry['discriminator_accuracy']:.2f} G {entry['generator_accuracy']:.2f}, "
                 f"D trained {entry['discriminator_share']:.0%}")
 
@@ -1371,9 +1374,9 @@ def draw_latents(count: int, seed: int, min_abs: float = 0.0) -> Tensor:
         return torch.randn(count, LATENT_SIZE, generator=random)
     tail = (1 - math.erf(min_abs / math.sqrt(2))) / 2  # probability beyond min_abs on one side
     uniform = torch.rand(count, LATENT_SIZE, generator=random, dtype=torch.float64)
-    size = -torch.special.ndtri((uniform * tail).clamp_min(1e-300)).clamp(max=-min_abs)
+    size = -torch.special.ndtri((uniform * tail).clamp_min(1e-300))
     sign = torch.randint(0, 2, (count, LATENT_SIZE), generator=random) * 2 - 1
-    return (size * sign).float()
+    return size.float().clamp_min(min_abs) * sign
 
 
 def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
@@ -1825,7 +1828,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line, made from the declarations of the settings."""
-    parser = OneLineParser(prog="gan.py", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = OneLineParser(prog="gan.py", description="\n\n".join(__doc__.split("\n\n")[:2]), allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (declaration, _, help) in COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
