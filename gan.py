@@ -41,6 +41,7 @@ import warnings
 import zipfile
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from http.client import LineTooLong
@@ -1468,17 +1469,8 @@ class Renderer:
 
     def __init__(self):
         self.waiting: deque[tuple[nn.Module, list[float], Future]] = deque()
-        self.condition, self.closed = threading.Condition(), False
-        self.thread = threading.Thread(target=self.work, daemon=True)
-        self.thread.start()
-
-    def close(self) -> None:
-        """Wait for the pass that runs: Python aborts if it ends while one of its threads is inside torch. For the same
-        reason this thread alone calls torch, and those of the requests do not."""
-        with self.condition:
-            self.closed = True
-            self.condition.notify()
-        self.thread.join()
+        self.condition = threading.Condition()
+        threading.Thread(target=self.work, daemon=True).start()
 
     def draw(self, generator: nn.Module, z: list[float]) -> np.ndarray:
         """One latent vector of 128 numbers -> one uint8 image (S, S, 3)."""
@@ -1491,9 +1483,7 @@ class Renderer:
     def work(self) -> None:
         while True:
             with self.condition:
-                self.condition.wait_for(lambda: self.waiting or self.closed)
-                if self.closed:
-                    return
+                self.condition.wait_for(lambda: self.waiting)
                 generator = self.waiting[0][0]
                 group = []
                 while self.waiting and self.waiting[0][0] is generator and len(group) < self.MOST_AT_ONCE:
@@ -1772,10 +1762,7 @@ def serve(settings: EvalSettings) -> int:
             say(f"warning: anyone who can reach {settings.host} can use this server")
         _, facts = site.load(site.default_path)
         say(f"faces of {site.default_path} (epoch {facts['epoch']}) at {server.url} (Ctrl-C ends)")
-        try:
-            server.serve_forever()
-        finally:
-            site.renderer.close()
+        server.serve_forever()
     return 0
 
 
@@ -1867,4 +1854,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    with suppress(OSError):  # the reader of our output may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)  # Python's own end would abort while a request's thread is still inside torch
