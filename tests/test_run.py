@@ -216,6 +216,14 @@ def test_failing_writes_name_the_file_and_leave_it_whole(tmp_path, monkeypatch):
     assert path.read_bytes() == b"before" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_only_our_own_orphans_are_removed(tmp_path):
+    """Not those in folders below, which may belong to somebody else: --run may name any folder."""
+    (tmp_path / "data" / ".gan-prepare-1").mkdir(parents=True)
+    (tmp_path / ".gan-last.pt").touch()
+    gan.remove_orphans(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", ".gan-prepare-1"]
+
+
 def test_curves_are_drawn_without_a_display(tmp_path, monkeypatch):
     """And with missing values, which a minibatch without a discriminator update has."""
     monkeypatch.delenv("DISPLAY", raising=False)

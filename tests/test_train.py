@@ -122,7 +122,8 @@ class Killed(BaseException):
 def die_at(monkeypatch, moment: str, nth: int) -> None:
     """Raise Killed at the nth time that training passes a moment; a log line or a file is half written then."""
     owner, name = {"rename": (gan.os, "replace"), "fsync": (gan.os, "fsync"), "log": (gan, "append_log"),
-                   "update": (gan.Pair, "train_on"), "file": (gan, "atomic_write")}[moment]
+                   "update": (gan.Pair, "train_on"), "grid": (gan, "grid_image"),
+                   "file": (gan, "atomic_write")}[moment]
     real, calls = getattr(owner, name), []
 
     def dying(*arguments):
@@ -149,7 +150,8 @@ def unbroken(request, dataset, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("moment", "times"), [("rename", (1, 3, 5, 8, 9, 10, 11)), ("fsync", (2, 7, 12, 15)),
-                                               ("log", (1, 2)), ("update", (1, 5, 7, 12)), ("file", (2, 3, 4, 5, 6, 7))])
+                                               ("log", (1, 2)), ("update", (1, 5, 7, 12)), ("grid", (2, 3, 4)),
+                                               ("file", (2, 3, 4, 5, 6, 7))])
 def test_killed_at_any_moment_and_gone_on_with_is_as_never_killed(unbroken, dataset, tmp_path, monkeypatch, moment, times):
     """Killed several times over, in the middle of what it writes: bit-identical weights, states, log and pictures."""
     model, expected = unbroken
