@@ -675,18 +675,41 @@ def stage_channels(size: int, width: int) -> tuple[int, list[int]]:
 class InstanceNorm(nn.Module):
     """Instance normalisation with learned scale and shift, (N, C, H, W) -> same (arXiv 1607.08022).
 
-    Written out, because the library's copies channels-last memory to and fro and its second derivative,
-    which the gradient penalty needs, is slower than that of these few operations."""
+    Written out, because the penalty needs its parts, and in sums: torch's mean and variance of channels-last memory
+    and their derivatives take several times as long."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
+    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x with mean 0 and variance 1 in each image and channel, the factor (N, C, 1, 1) that this took)."""
+        centred = x - spatial_mean(x)
+        factor = torch.rsqrt(spatial_mean(centred.square()) + 1e-5).to(x.dtype)
+        return centred * factor, factor
+
+    def scale_and_shift(self, normal: Tensor) -> Tensor:
+        weight, bias = (parameter[:, None, None].to(normal.dtype) for parameter in (self.weight, self.bias))
+        return torch.addcmul(bias, normal, weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x, (2, 3), keepdim=True, correction=0)
-        scale = torch.rsqrt(variance + 1e-5) * self.weight[:, None, None]
-        return (x - mean) * scale + self.bias[:, None, None]
+        return self.scale_and_shift(self.normalise(x)[0])
+
+    def input_gradient(self, gradient: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
+        """The gradient with respect to x, from the one with respect to the output and what normalise(x) returned."""
+        gradient = gradient * self.weight[:, None, None].to(gradient.dtype)
+        return factor * (gradient - spatial_mean(gradient) - normal * spatial_mean(gradient * normal))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The same numbers with the precision that losses need; in bf16 they would have three digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def spatial_mean(x: Tensor) -> Tensor:
+    """Mean over height and width, (N, C, H, W) -> (N, C, 1, 1)."""
+    return (x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])).to(x.dtype)
 
 
 class Generator(nn.Module):
@@ -722,6 +745,30 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).flatten()
+
+    def input_gradient(self, x: Tensor) -> Tensor:
+        """The gradient of each face's score with respect to that face, (N, 3, size, size); not with BatchNorm.
+
+        It is written as an ordinary forward expression, from the last layer to the first, so that a loss made of it
+        needs no second derivative from autograd: an update takes a tenth less time and can be captured or compiled."""
+        passed = []
+        for layer in self.layers:
+            factor = None
+            if isinstance(layer, InstanceNorm):
+                x, factor = layer.normalise(x)
+            else:
+                x = layer(x)
+            passed.append((layer, x, factor))
+            x = layer.scale_and_shift(x) if factor is not None else x
+        gradient = torch.ones_like(x)
+        for layer, output, factor in reversed(passed):
+            if isinstance(layer, nn.Conv2d):
+                gradient = F.conv_transpose2d(gradient, layer.weight, None, layer.stride, layer.padding)
+            elif isinstance(layer, nn.LeakyReLU):  # torch.where takes twenty times as long
+                gradient = torch.ops.aten.leaky_relu_backward(gradient, output, layer.negative_slope, True)
+            else:
+                gradient = layer.input_gradient(gradient, output, factor)
+        return gradient
 
 
 def random_stream(purpose: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -815,9 +862,8 @@ class WGANGP(WGAN):
     def penalty(self, discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
         """10 · mean over samples of (‖gradient‖ - 1)² at real·mix + fake·(1 - mix); the Euclidean norm is taken
         over all inputs of a sample."""
-        between = torch.lerp(fake, real, mix[:, None, None, None]).requires_grad_()
-        gradient, = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
-        return 10 * (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+        gradient = discriminator.input_gradient(torch.lerp(fake, real, mix[:, None, None, None]))
+        return 10 * (at_least_float32(gradient).flatten(1).norm(dim=1) - 1).square().mean()
 
 
 OBJECTIVES = {"DCGAN": DCGAN, "WGAN": WGAN, "WGAN-GP": WGANGP}

@@ -69,6 +69,21 @@ def test_instance_norm_equals_the_librarys():
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_the_discriminators_input_gradient_is_autograds():
+    """Of scores by faces, and what is derived from it by each weight: against autograd's second derivative."""
+    torch.manual_seed(0)
+    critic = gan.Discriminator(40, 4, gan.InstanceNorm).double()
+    for weight in critic.parameters():
+        torch.nn.init.normal_(weight, 0.1, 0.5)
+    faces = torch.randn(3, 3, 40, 40, dtype=torch.double, requires_grad=True)
+    expected, = torch.autograd.grad(critic(faces).sum(), faces, create_graph=True)
+    gradient = critic.input_gradient(faces)
+    assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-12)
+    weights = list(critic.parameters())
+    for a, b in zip(*(torch.autograd.grad(g.flatten(1).norm(dim=1).sum(), weights) for g in (gradient, expected)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_initial_weights_depend_on_the_seed_alone():
     """The same seed gives the same weights whatever was drawn before, another one others; no one else's numbers change."""
     torch.manual_seed(7)

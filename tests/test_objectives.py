@@ -32,12 +32,18 @@ class Linear(torch.nn.Module):
     def forward(self, x):
         return (x * self.slope).flatten(1).sum(1)
 
+    def input_gradient(self, x):
+        return self.slope.expand_as(x)
+
 
 class Quadratic(torch.nn.Module):
     """A critic |x|²/2, whose gradient is x itself, so that it shows where the penalty looks."""
 
     def forward(self, x):
         return x.square().flatten(1).sum(1) / 2
+
+    def input_gradient(self, x):
+        return x
 
 
 @pytest.mark.parametrize("penalty", [objective("WGAN-GP").penalty, wrong_penalty])
