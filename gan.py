@@ -41,7 +41,7 @@ import warnings
 import zipfile
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from http.client import LineTooLong
@@ -151,6 +151,8 @@ class TrainSettings:
                                  "updates a generator update", balance_rule, "RULE")
     clip: float = setting(0.1, "WGAN: limit of a discriminator weight", between(1e-4, 100.0, float), "LIMIT")
     device: str = setting("auto", "auto, cpu, cuda or mps", one_of("auto", "cpu", "cuda", "mps"), "NAME")
+    precision: str = setting("auto", "of the forward and backward passes: fp32, bf16 or auto (bf16 where the processor "
+                             "has it)", one_of("auto", "fp32", "bf16"), "NAME")
     seed: int = setting(0, "seed of weights, order and latent vectors", between(0, 2**31 - 1), "N", fixed=True)
     checkpoint: str | None = setting(None, "go on from this one (epoch number or file), not from the last",
                                      metavar="WHICH")
@@ -653,6 +655,11 @@ def grid_image(images: Tensor, columns: int = 10, gap: int = 2) -> Image.Image:
     return Image.fromarray(canvas)
 
 
+def write_grid(path: Path, images: Tensor) -> None:
+    """Write uint8 images as one PNG file, whole or not at all."""
+    atomic_write(path, png_bytes(grid_image(images)))
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """An image as a PNG file; the fastest compression, which for photos is hardly larger than the best."""
     buffer = io.BytesIO()
@@ -670,6 +677,16 @@ def stage_channels(size: int, width: int) -> tuple[int, list[int]]:
     while base > 7:
         base, doublings = base // 2, doublings + 1
     return base, [width * min(8, 2 ** stage) for stage in reversed(range(doublings))]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The same numbers with the precision that losses need; in bf16 they would have three digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def spatial_mean(x: Tensor) -> Tensor:
+    """Mean over height and width, (N, C, H, W) -> (N, C, 1, 1)."""
+    return (x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])).to(x.dtype)
 
 
 class InstanceNorm(nn.Module):
@@ -702,16 +719,6 @@ class InstanceNorm(nn.Module):
         return factor * (gradient - spatial_mean(gradient) - normal * spatial_mean(gradient * normal))
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """The same numbers with the precision that losses need; in bf16 they would have three digits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def spatial_mean(x: Tensor) -> Tensor:
-    """Mean over height and width, (N, C, H, W) -> (N, C, 1, 1)."""
-    return (x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])).to(x.dtype)
-
-
 class Generator(nn.Module):
     """Latent vectors (N, 128), standard normal, -> faces (N, 3, size, size) in [-1, 1]. Shapes for 80 and width 64."""
 
@@ -730,6 +737,14 @@ class Generator(nn.Module):
         return self.layers(z[:, :, None, None])
 
 
+class Score(nn.Conv2d):
+    """The discriminator's last layer, never in bf16: accuracies and losses are small differences of large scores."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(at_least_float32(x))
+
+
 class Discriminator(nn.Module):
     """Faces (N, 3, size, size) in [-1, 1] -> scores (N,): logits or a critic's values, never squashed here."""
 
@@ -740,7 +755,7 @@ class Discriminator(nn.Module):
         layers = [nn.Conv2d(3, channels[0], 4, stride=2, padding=1, bias=False), nn.LeakyReLU(0.2)]  # (N, 64, 40, 40)
         for before, after in zip(channels, channels[1:]):  # (N, 128, 20, 20), (N, 256, 10, 10), (N, 512, 5, 5)
             layers += [nn.Conv2d(before, after, 4, stride=2, padding=1, bias=False), norm(after), nn.LeakyReLU(0.2)]
-        layers += [nn.Conv2d(channels[-1], 1, base, bias=False)]  # (N, 1, 1, 1)
+        layers += [Score(channels[-1], 1, base, bias=False)]  # (N, 1, 1, 1)
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -791,6 +806,11 @@ def seeded(seed: int, make: Callable[..., nn.Module], *arguments) -> nn.Module:
 # Objectives: one class per GAN; nothing else in this file asks which GAN it is
 # ================================================================================================
 
+def on_gpu(network: nn.Module) -> bool:
+    """Whether its optimizer must be able to run within a CUDA graph."""
+    return next(network.parameters()).is_cuda
+
+
 class Objective:
     """What one GAN asks of the training loop.
 
@@ -813,7 +833,7 @@ class DCGAN(Objective):
     """Cross-entropy GAN with the non-saturating generator loss (arXiv 1406.2661, 1511.06434); scores are logits."""
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
+        return torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True, capturable=on_gpu(network))
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         return F.softplus(-real).mean() + F.softplus(fake).mean()  # -log σ(real) - log(1 - σ(fake))
@@ -831,7 +851,7 @@ class WGAN(Objective):
     """Wasserstein GAN with clipped weights (arXiv 1701.07875)."""
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.RMSprop(network.parameters(), lr=5e-5)
+        return torch.optim.RMSprop(network.parameters(), lr=5e-5, capturable=on_gpu(network))
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         return fake.mean() - real.mean()  # minus the estimate of the Wasserstein distance
@@ -857,7 +877,7 @@ class WGANGP(WGAN):
     constrain = Objective.constrain  # the penalty takes the place of the clipping
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.0, 0.999), fused=True)
+        return torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.0, 0.999), fused=True, capturable=on_gpu(network))
 
     def penalty(self, discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
         """10 · mean over samples of (‖gradient‖ - 1)² at real·mix + fake·(1 - mix); the Euclidean norm is taken
@@ -1052,6 +1072,42 @@ def draw_curves(run: Path, lines: list[dict]) -> None:
     atomic_write(run / "curves.png", buffer.getbuffer())
 
 
+class Writer:
+    """Writes a run's files in a thread of its own, in the order of asking, so that training need not wait for a disk.
+
+    After a failure nothing more is written, and the next `ask` or the end raises it."""
+    MOST_WAITING = 4  # then asking waits: what is to be written is in memory
+
+    def __enter__(self) -> Writer:
+        self.thread, self.waiting, self.failure = ThreadPoolExecutor(1), deque(), None
+        return self
+
+    def ask(self, write: Callable, *arguments) -> None:
+        """Have write(*arguments) called; the arguments must not change afterwards."""
+        if len(self.waiting) >= self.MOST_WAITING:
+            self.waiting.popleft().result()
+        if self.failure:
+            raise self.failure
+        self.waiting.append(self.thread.submit(self.work, write, arguments))
+
+    def finish(self) -> None:
+        """Wait until all is written that was asked for."""
+        while self.waiting:
+            self.waiting.popleft().result()
+
+    def work(self, write: Callable, arguments: tuple) -> None:
+        if not self.failure:
+            try:
+                write(*arguments)
+            except BaseException as error:  # whatever it is, it belongs to the thread that asked
+                self.failure = error
+
+    def __exit__(self, kind, *_) -> None:
+        self.thread.shutdown()
+        if self.failure and not kind:
+            raise self.failure
+
+
 class RunLock:
     """Holds a run folder for one training process. The system lets go of it when the process ends, however it ends."""
 
@@ -1099,13 +1155,58 @@ def pick_device(name: str) -> torch.device:
     return torch.device(next(device for device in available if available[device]) if name == "auto" else name)
 
 
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto: 'bf16' where the device multiplies matrices of it natively, else 'fp32'.
+
+    A CPU is asked by trying: bf16 takes about a third of the time of float32 where it is native, and a hundred times
+    as long where it is emulated, so that no noise changes the answer."""
+    if name != "auto":
+        return name
+    if device.type != "cpu":
+        return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+
+    def fastest(dtype: torch.dtype) -> float:
+        matrix, seconds = torch.ones(512, 512, dtype=dtype), []
+        for _ in range(5):
+            started = time.perf_counter()
+            matrix @ matrix
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+    return "bf16" if fastest(torch.bfloat16) < 0.7 * fastest(torch.float32) else "fp32"
+
+
 def channels_last(network: nn.Module, device: torch.device) -> nn.Module:
     """The network on its device, in the memory layout in which convolutions are fastest."""
     return network.to(device, memory_format=torch.channels_last)
 
 
+def on_cpu(value):
+    """A copy on the CPU of all tensors in nested dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(item) for item in value]
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def record_cuda_graphs(steps: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
+    """Record each step, without running it, as a CUDA graph and return what replays them. RuntimeError where a step or
+    the device does not allow it. They share their memory, so the first ones' results last only until the last runs."""
+    pool, replays = torch.cuda.graph_pool_handle(), {}
+    for name, step in steps.items():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            step()
+        replays[name] = graph.replay
+    return replays
+
+
 class Pair:
-    """Generator and discriminator, the averaged generator, the optimizers and the random numbers of a run."""
+    """Generator and discriminator, the averaged generator, the optimizers and the random numbers of a run.
+
+    A minibatch is made of steps without arguments: measure, then update one network; or both in one, while a run of
+    discriminator updates lasts. They read and write the same memory each time, so that a GPU can be handed each as one
+    recorded graph: launching their hundreds of small kernels takes longer than the kernels."""
 
     def __init__(self, settings: TrainSettings, size: int, device: torch.device):
         self.objective = OBJECTIVES[settings.model](settings)
@@ -1118,41 +1219,88 @@ class Pair:
         self.random = random_stream("latent vectors", settings.seed, device)
         self.device = device
         self.progress = Progress()
+        self.precision = pick_precision(settings.precision, device)
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext
+        self.real = None  # the minibatch's faces; with it come z, mix and row
+        self.steps = self.plain_steps(keep_graph=False)
+        # Updates before a GPU records them: libraries choose their kernels and optimizers make their state.
+        self.warm_up = {"discriminator": 3, "generator": 3} if device.type == "cuda" else {}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.generator, "discriminator": self.discriminator, "averaged": self.averaged}
 
     def train_on(self, real: Tensor, balance: Balance) -> Tensor:
-        """Measure both accuracies on a minibatch of faces and train the network whose turn it is.
-
-        Returns a row of COLUMNS on the device. Each side computes only its own gradients: backward(inputs=...) follows
-        the graph to those weights alone, and while a run of discriminator updates lasts the generator has no graph."""
-        z = torch.randn(len(real), LATENT_SIZE, generator=self.random, device=self.device)
-        with torch.set_grad_enabled(not balance.decided):
-            fake = self.generator(z)
-        real_scores, fake_scores = self.discriminator(real), self.discriminator(fake)
-        with torch.no_grad():
-            accuracies = self.objective.accuracies(real_scores, fake_scores)
-        turn = balance.choose(*((0, 0) if balance.decided else map(float, accuracies)))
-        loss = {"discriminator": self.objective.discriminator_loss(real_scores, fake_scores),
-                "generator": self.objective.generator_loss(fake_scores)}
-        penalty = loss["discriminator"].new_full((), math.nan)
-        if turn == "discriminator":
-            mix = torch.rand(len(real), generator=self.random, device=self.device)
-            penalty = self.objective.penalty(self.discriminator, real, fake.detach(), mix)
-            self.step(turn, loss[turn] + penalty)
-            self.objective.constrain(self.discriminator)
+        """Measure both accuracies on a minibatch of faces (N, 3, S, S), N the same each time, and train the network
+        whose turn it is. Returns a row of COLUMNS on the device, for which the host waits only to choose."""
+        if self.real is None:
+            self.real, self.z = torch.empty_like(real), real.new_empty(len(real), LATENT_SIZE)
+            self.mix, self.row = real.new_empty(len(real)), real.new_empty(len(COLUMNS))
+        self.real.copy_(real)
+        self.z.normal_(generator=self.random)
+        if balance.decided:
+            turn, step = balance.choose(0, 0), "run"
         else:
-            self.step(turn, loss[turn])
+            self.steps["measure"]()
+            turn = step = balance.choose(*self.row[:2].tolist())
+        if turn == "discriminator":
+            self.mix.uniform_(generator=self.random)
+        self.steps[step]()
         self.count(len(real), turn)
-        return torch.stack([*accuracies, loss["discriminator"].detach(), loss["generator"].detach(), penalty.detach(),
-                            torch.full_like(penalty, turn == "discriminator")])
+        if self.warm_up:
+            self.warm_up[turn] -= 1
+            if max(self.warm_up.values()) <= 0:
+                self.record_steps(record_cuda_graphs)
+        return self.row.clone()
 
-    def step(self, turn: str, loss: Tensor) -> None:
-        """One optimizer step of one network, down the gradient of its weights alone."""
+    def plain_steps(self, keep_graph: bool) -> dict[str, Callable[[], None]]:
+        """The steps by name, in an order in which they can be recorded: with keep_graph, both updates can follow one
+        measurement, the generator's first, because the discriminator's changes weights that the generator's needs."""
+        return {"measure": self.measure, "generator": partial(self.update, "generator", keep_graph),
+                "discriminator": partial(self.update, "discriminator"), "run": self.run_of_discriminator}
+
+    def record_steps(self, record: Callable[[dict], dict]) -> None:
+        """Replace the steps by what `record` makes of them; where it cannot, say so and go on without."""
+        self.warm_up = {}
+        try:
+            self.steps = record(self.plain_steps(keep_graph=True))
+        except RuntimeError as error:
+            say(f"CUDA graphs do not work here ({one_line(error)}): training goes on without, more slowly")
+            self.fake = self.losses = None
+
+    def measure(self, generator_may_train: bool = True) -> None:
+        """Both networks' forward passes: faces, accuracies and losses."""
+        with self.autocast():
+            with torch.set_grad_enabled(generator_may_train):
+                self.fake = self.generator(self.z)
+            real, fake = self.discriminator(self.real.to(self.fake.dtype)), self.discriminator(self.fake)
+        self.losses = {"discriminator": self.objective.discriminator_loss(real, fake),
+                       "generator": self.objective.generator_loss(fake)}
+        with torch.no_grad():
+            torch.stack([*self.objective.accuracies(real, fake), *self.losses.values()], out=self.row[:4])
+
+    def update(self, turn: str, keep_graph: bool = False) -> None:
+        """One optimizer step of one network, down the gradient of its weights alone: backward(inputs=...) follows the
+        graph to those and computes no other's."""
+        loss, penalty = self.losses[turn], self.row.new_full((), math.nan)
+        if turn == "discriminator":
+            with self.autocast():
+                penalty = self.objective.penalty(self.discriminator, self.real.to(self.fake.dtype), self.fake.detach(),
+                                                 self.mix.to(self.fake.dtype))
+            loss = loss + penalty
         self.optimizers[turn].zero_grad()
-        loss.backward(inputs=list(self.networks()[turn].parameters()))
+        loss.backward(inputs=list(self.networks()[turn].parameters()), retain_graph=keep_graph)
         self.optimizers[turn].step()
+        if turn == "discriminator":
+            self.objective.constrain(self.discriminator)
+        self.row[4].copy_(penalty.detach())
+        self.row[5].fill_(turn == "discriminator")
+        if not keep_graph:
+            self.fake = self.losses = None  # lets go of the activations
+
+    def run_of_discriminator(self) -> None:
+        """A minibatch of a run of discriminator updates: the generator needs no graph."""
+        self.measure(generator_may_train=False)
+        self.update("discriminator")
 
     def count(self, images: int, turn: str) -> None:
         """Advance the counters and, after a generator update, the averaged generator (as arXiv 1710.10196 does)."""
@@ -1171,17 +1319,18 @@ class Pair:
                 mean.lerp_(value, weight) if mean.is_floating_point() else mean.copy_(value)  # BatchNorm's counter
 
     def state(self) -> dict:
-        """All that must be saved to go on exactly, in plain types and tensors."""
-        return {"networks": {name: network.state_dict() for name, network in self.networks().items()},
+        """A copy on the CPU of all that must be saved to go on exactly, in plain types and tensors."""
+        return on_cpu({"networks": {name: network.state_dict() for name, network in self.networks().items()},
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-                "random": self.random.get_state(), "device": self.device.type, "progress": asdict(self.progress)}
+                "random": self.random.get_state(), "device": self.device.type, "progress": asdict(self.progress)})
 
     def load_state(self, state: dict) -> None:
         """Take over what `state` returned, on this or another kind of device."""
         for name, network in self.networks().items():
             network.load_state_dict(state["networks"][name])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            groups = optimizer.state_dict()["param_groups"]  # ours: some of their flags belong to the device
+            optimizer.load_state_dict({**state["optimizers"][name], "param_groups": groups})
         self.progress = Progress(**state["progress"])
         if state["device"] == self.device.type:
             self.random.set_state(state["random"])
@@ -1258,11 +1407,11 @@ def check_resumable(settings: TrainSettings, size: int, batches: list[dict], sta
                         "Prepare them again as they were, or name another --run")
 
 
-def check_finite(pair: Pair, stats: Tensor, run: Path) -> None:
+def check_finite(pair: Pair, stats: Tensor, run: Path, writer: Writer) -> None:
     """Stop a run whose numbers are not finite before anything of it is saved."""
     progress, problem = pair.progress, ""
     for name, network in pair.networks().items():
-        if not all(weight.isfinite().all() for weight in network.parameters()):
+        if not torch.stack([weight.isfinite().all() for weight in network.parameters()]).all():  # one wait, not forty
             problem = f"the weights of the {name} are not finite in epoch {progress.epoch + 1}"
             break
     bad = ~stats[:progress.minibatch, 2:4].isfinite()
@@ -1271,6 +1420,7 @@ def check_finite(pair: Pair, stats: Tensor, run: Path) -> None:
         network = COLUMNS[2 + column].removesuffix("_loss")
         problem = f"the loss of the {network} is not finite since epoch {progress.epoch + 1}, minibatch {minibatch + 1}"
     if problem:
+        writer.finish()
         good = [epoch for epoch in kept_checkpoints(run) if epoch <= progress.epoch]
         last = f"--checkpoint {good[-1]}" if good else ""
         raise UserError(f"{problem}: stopped, {run / 'last.pt'} is from before. The last good kept checkpoint is "
@@ -1315,66 +1465,61 @@ def train(settings: TrainSettings) -> int:
     faces, batches = load_faces(Path(settings.data))
     run = Path(settings.run or f"runs/{settings.model.lower()}")
     (run / "samples").mkdir(parents=True, exist_ok=True)
-    with RunLock(run), StopRequest() as stop:
+    with RunLock(run), StopRequest() as stop, Writer() as writer:
         size, count, batch_size = faces.shape[-1], len(faces), min(settings.batch_size, len(faces))
         state = open_run(settings, run, size, batches)
         pair = Pair(settings, size, device)
         balance = Balance(settings.balance)
         minibatches = count // batch_size
         stats = torch.zeros(minibatches, len(COLUMNS), device=device)
-        progress = pair.progress
         if state:
             pair.load_state(state)
-            progress = pair.progress
             stats.copy_(state["stats"])
             if state["settings"]["balance"] == settings.balance:
                 balance.discriminator_left = state["discriminator_left"]
+        progress = pair.progress
         log = read_log(run, progress.epoch)
         atomic_write(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
         if progress.epoch >= settings.epochs:
             say(f"{run} has {progress.epoch} epochs already: ask for more with --epochs")
             return 0
-        say(f"{settings.model}, {count:,} faces of {size}×{size} pixels, "
-            f"on {device} ({torch.get_num_threads()} CPU threads), seed {settings.seed}")
+        say(f"{settings.model}, {count:,} faces of {size}×{size} pixels, on {device} "
+            f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
         if count < 500:
             say(f"only {count} faces: expect the generator to learn them by heart")
 
         fixed_z = draw_latents(100, settings.seed)
 
         def save_grid(epoch: int) -> None:
-            picture = png_bytes(grid_image(draw(pair.averaged, fixed_z)))
-            atomic_write(run / "samples" / f"epoch-{epoch:05d}.png", picture)
+            writer.ask(write_grid, run / "samples" / f"epoch-{epoch:05d}.png", draw(pair.averaged, fixed_z))
 
         if not state:
-            atomic_write(run / "samples" / "real.png", png_bytes(grid_image(faces[:100])))
+            write_grid(run / "samples" / "real.png", faces[:100])
             save_grid(0)
         faces = faces.to(device)  # as uint8: four times less memory and traffic than float faces
 
         def save(path: Path | None = None) -> None:
-            check_finite(pair, stats, run)
+            check_finite(pair, stats, run, writer)
             state = {"version": CHECKPOINT_FORMAT, "settings": asdict(settings), "image_size": size,
-                     "faces": [batch["sha256"] for batch in batches], "stats": stats.cpu(),
+                     "faces": [batch["sha256"] for batch in batches], "stats": on_cpu(stats),
                      "discriminator_left": balance.discriminator_left, **pair.state()}
-            write_checkpoint(path, state) if path else save_last(run, state)
+            writer.ask(*((write_checkpoint, path) if path else (save_last, run)), state)
 
         with ProgressBar(settings.epochs, minibatches * batch_size, progress) as bar:
-            while progress.epoch < settings.epochs:
+            while progress.epoch < settings.epochs and not stop.code:
                 # The order depends on seed and epoch alone, so a resumed epoch goes on in the order it began with.
                 shuffle = random_stream(f"order of epoch {progress.epoch}", settings.seed)
-                order = torch.randperm(count, generator=shuffle)
+                order = torch.randperm(count, generator=shuffle).to(device)
                 started = time.monotonic() - progress.seconds
-                while progress.minibatch < minibatches:
-                    picked = order[progress.minibatch * batch_size:][:batch_size].to(device)
+                while progress.minibatch < minibatches and not stop.code:
+                    picked = order[progress.minibatch * batch_size:][:batch_size]
                     real = to_face(faces[picked]).contiguous(memory_format=torch.channels_last)
-                    measured = not balance.decided
-                    row = progress.minibatch
+                    measured, row = not balance.decided, progress.minibatch
                     stats[row] = pair.train_on(real, balance)
                     bar.show(stats[:row + 1] if measured else None, batch_size)  # no wait for the device otherwise
-                    if stop.code:
-                        break
                 progress.seconds = time.monotonic() - started
                 if progress.minibatch == minibatches:
-                    check_finite(pair, stats, run)
+                    check_finite(pair, stats, run, writer)
                     progress.epoch, progress.minibatch = progress.epoch + 1, 0
                     log.append(epoch_line(pair, stats, progress.seconds))
                     progress.seconds = 0.0
@@ -1387,11 +1532,12 @@ def train(settings: TrainSettings) -> int:
                         save(run / f"epoch-{progress.epoch:05d}.pt")
                     if last or progress.epoch % settings.save_every == 0:
                         save()
-                        draw_curves(run, log)
-                if stop.code:
-                    save()
-                    say(f"stopped in epoch {progress.epoch + 1} and saved; the same command goes on from there")
-                    return stop.code
+                        writer.ask(draw_curves, run, list(log))
+            if stop.code:
+                save()
+    if stop.code:
+        say(f"stopped in epoch {progress.epoch + 1} and saved; the same command goes on from there")
+        return stop.code
     say(f"done: {progress.epoch} epochs in {run}; now `gan.py generate --run {run}` or `gan.py eval --run {run}`")
     return 0
 
@@ -1458,7 +1604,7 @@ def generate(settings: GenerateSettings) -> int:
         for start, part in enumerate(z.split(100)):
             images = draw(generator, part)
             if start == 0:
-                atomic_write(out / "grid.png", png_bytes(grid_image(images)))
+                write_grid(out / "grid.png", images)
             for i, image in enumerate(images.permute(0, 2, 3, 1).numpy(), start * 100):
                 atomic_write(out / f"face-{i:0{digits}d}.png", png_bytes(Image.fromarray(image)))
                 bar.update()
