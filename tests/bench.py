@@ -1,0 +1,328 @@
+"""Measure gan.py against plain implementations:  python tests/bench.py train|prepare|serve [--json]
+
+    train     the balanced loop of gan.py against tests/reference.py, the same sequence of updates on both sides; then
+              a real training process for its memory and for what sampling, logging and checkpoints cost
+    prepare   photos to a dataset against one process that decodes and packs float32 with gzip's level 9
+    serve     faces over HTTP against a plain server: one client, then 32 at once
+
+Both sides take turns, A B A B, so that a noisy machine is noisy for both; medians and spreads (least to most) are
+printed. Slow evidence, not collected by pytest: let nothing else run beside it."""
+import argparse
+import gzip
+import http.client
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import reference
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import gan  # noqa: E402
+
+TURNS = 5 * ["discriminator"] + 6 * ["generator"]  # a run of discriminator updates; 45 %, as real runs have
+
+
+def alternate(sides: dict, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side's function in each round, after one round that does not count."""
+    seconds = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, function in sides.items():
+            started = time.perf_counter()
+            function()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def summary(seconds: dict[str, list[float]], items: int, unit: str) -> dict:
+    """Rates of both sides and their ratio, from the seconds that `items` took in each round."""
+    rates = {name: sorted(items / value for value in values) for name, values in seconds.items()}
+    found = {name: {f"{unit} a second": round(statistics.median(values), 1),
+                    "spread": [round(values[0], 1), round(values[-1], 1)]} for name, values in rates.items()}
+    ratios = sorted(plain / ours for plain, ours in zip(*seconds.values(), strict=True))
+    return found | {"ratio": round(statistics.median(ratios), 2), "ratio's spread": [round(ratios[0], 2), round(ratios[-1], 2)]}
+
+
+# ---- train ----
+
+class Scripted:
+    """A balance that measures like any other but takes the turns of TURNS."""
+    taken = 0
+
+    @property
+    def decided(self) -> bool:
+        return 0 < self.taken % len(TURNS) < 5
+
+    def choose(self, *accuracies) -> str:
+        self.taken += 1
+        return TURNS[(self.taken - 1) % len(TURNS)]
+
+
+class ScriptedReference(reference.Reference):
+    """The plain loop on any device, with the accuracies of all pairs at once and the turns of TURNS."""
+
+    def __init__(self, model: str, size: int, device: torch.device):
+        super().__init__(model, size)
+        self.g.to(device)
+        self.d.to(device)
+        self.balance = Scripted()
+
+    def accuracies(self, real, fake):
+        (real[:, None] > fake).float().mean().item(), (fake >= real.mean()).float().mean().item()
+        in_run, turn = self.balance.decided, self.balance.choose()
+        self.discriminator_left = int(in_run)
+        return (0, 1) if turn == "discriminator" else (1, 0)
+
+
+def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the fastest of twenty products of 2048×2048 matrices."""
+    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(20):
+        started = time.perf_counter()
+        a @ b
+        wait(device)
+        best = max(best, 2 * 2048 ** 3 / (time.perf_counter() - started))
+    return best
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def bench_train(options) -> dict:
+    device, size = gan.pick_device(options.device), 80
+    pair = gan.Pair(gan.TrainSettings(model=options.model, precision=options.precision), size, device)
+    plain = ScriptedReference(options.model, size, device)
+    real = torch.rand(20, 3, size, size, device=device) * 2 - 1
+    balance, ours = Scripted(), real.contiguous(memory_format=torch.channels_last)
+
+    def fast_cycle() -> None:
+        for _ in TURNS:
+            pair.train_on(ours, balance)
+        wait(device)
+
+    def plain_cycle() -> None:
+        for _ in TURNS:
+            plain.train_on(real, torch.randn(20, 128, device=device), lambda: torch.rand(20, device=device))
+        wait(device)
+
+    warm_up = gan.Pair(gan.TrainSettings(model=options.model, precision=options.precision), size, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        balance_of_one, on_cpu = Scripted(), ours.cpu()
+        for _ in TURNS:
+            warm_up.train_on(on_cpu, balance_of_one)
+    dtype = torch.bfloat16 if pair.precision == "bf16" else torch.float32
+    found = {"model": options.model, "precision": pair.precision,
+             "threads": torch.get_num_threads(), "torch": torch.__version__,
+             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    seconds = alternate({"plain": plain_cycle, "gan.py": fast_cycle}, options.rounds)
+    found |= summary(seconds, 20 * len(TURNS), "images")
+    speed, peak = counter.get_total_flops() / statistics.median(seconds["gan.py"]), matrix_peak(dtype, device)
+    found |= {"GFLOP/s": round(speed / 1e9), "matrix peak GFLOP/s": round(peak / 1e9), "share of peak": round(speed / peak, 2)}
+    if device.type == "cuda":
+        found["peak device MiB of both"] = torch.cuda.max_memory_allocated() >> 20
+    return found | whole_training(options)
+
+
+# A training process that tells when its first minibatch began and its last file was written.
+TIMED = """
+import sys, time
+import gan
+real, began = gan.Pair.train_on, []
+def first(pair, *arguments):
+    began or began.append(time.monotonic())
+    return real(pair, *arguments)
+gan.Pair.train_on = first
+code = gan.main(sys.argv[1:])
+print(time.monotonic() - began[0])
+"""
+PEAK = """
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+def whole_training(options) -> dict:
+    """Memory of a training process beyond torch's own, and the share of its time that is not training."""
+    if not options.epochs:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.data or Path(folder) / "data"
+        if not options.data:
+            gan.prepare(gan.PrepareSettings(demo=True, data=str(data)))
+        run = Path(folder) / "run"
+        arguments = ["train", "--data", data, "--run", run, "--model", options.model, "--epochs", options.epochs,
+                     "--precision", options.precision, "--device", options.device]
+        bare, = numbers_printed("import torch" + PEAK)
+        whole, peak = numbers_printed(TIMED + PEAK, *arguments)
+        log = gan.read_log(run)
+    training = sum(line["seconds"] for line in log)
+    return {"faces": log[0]["images_seen"], "seconds an epoch": [line["seconds"] for line in log],
+            "share of time beside training": round(1 - training / whole, 4),
+            "peak resident MiB": round(peak / 1024), "of which importing torch": round(bare / 1024)}
+
+
+def numbers_printed(code: str, *arguments) -> list[float]:
+    """The numbers that a Python process prints at its end, each in a line of its own (PEAK: KiB, on Linux)."""
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return [float(line) for line in done.stdout.splitlines() if line.replace(".", "", 1).isdigit()]
+
+
+# ---- prepare ----
+
+def bench_prepare(options) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        photos = options.data
+        if not photos:
+            photos = Path(folder) / "photos"
+            photos.mkdir()
+            for number in range(options.photos):
+                picture = gan.draw_face(gan.np.random.default_rng(number), 250)
+                picture.save(photos / f"{number}.jpg", quality=90)
+        settings = gan.PrepareSettings(dataset=str(photos), data=f"{folder}/ours", limit=options.photos, per_person=0)
+        count = gan.prepare(settings)["count"]
+        contents = [entry.read() for entry in islice(gan.walk_source(Path(photos)), count)]
+
+        def plain() -> None:
+            faces = []
+            for content in contents:
+                image = Image.open(io.BytesIO(content)).convert("RGB")
+                width, height = image.size
+                image = image.crop((width // 4, height // 4, width * 3 // 4, height * 3 // 4)).resize((80, 80))
+                pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+                faces.append(pixels.view(80, 80, 3).permute(2, 0, 1).float() / 127.5 - 1)
+            for number, start in enumerate(range(0, len(faces), 200)):
+                buffer = io.BytesIO()
+                torch.save(torch.stack(faces[start:start + 200]), buffer)
+                Path(folder, f"{number}.gz").write_bytes(gzip.compress(buffer.getvalue(), 9))
+
+        seconds = alternate({"plain": plain, "gan.py": lambda: gan.prepare(settings)}, options.rounds)
+    return {"photos": count} | summary(seconds, count, "images")
+
+
+# ---- serve ----
+
+def plain_server(port: int) -> None:
+    """The server as one would write it: a thread a connection, a forward pass a request."""
+    network = reference.generator().eval()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            values = parse_qs(urlsplit(self.path).query)["values"][0].split(",")
+            with torch.no_grad():
+                face = network(torch.tensor([[float(value) for value in values]]))[0]
+            picture = Image.fromarray(((face + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            self.send_response(200)
+            self.send_header("Content-Length", str(buffer.tell()))
+            self.end_headers()
+            self.wfile.write(buffer.getvalue())
+
+        def log_message(self, *_) -> None:
+            pass
+    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+
+
+def ask(port: int, z: torch.Tensor) -> float:
+    """Seconds that one face takes, with a connection of its own; an error where it is refused."""
+    path = "/generate?values=" + ",".join(f"{value:.4f}" for value in z.tolist())
+    started = time.perf_counter()
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    client.request("GET", path)
+    answer = client.getresponse()
+    body = answer.read()
+    client.close()
+    assert answer.status == 200 and body.startswith(b"\x89PNG"), answer.status
+    return time.perf_counter() - started
+
+
+def bench_serve(options) -> dict:
+    """Each server is a process of its own; the clients are threads of this one."""
+    vectors, ports = torch.randn(400, 128), {"plain": 18666, "gan.py": 18667}
+    with tempfile.TemporaryDirectory() as folder:
+        data, run = f"{folder}/data", f"{folder}/run"
+        gan.prepare(gan.PrepareSettings(demo=True, data=data, limit=20))
+        gan.train(gan.TrainSettings(data=data, run=run, epochs=1, device="cpu"))
+        commands = {"plain": [sys.executable, __file__, "plain-server", str(ports["plain"])],
+                    "gan.py": [sys.executable, ROOT / "gan.py", "eval", "--run", run, "--port", str(ports["gan.py"])]}
+        servers = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands.values()]
+        try:
+            for port in ports.values():
+                patience = threading.Event()
+                while True:
+                    try:
+                        ask(port, vectors[0])
+                        break
+                    except OSError:
+                        patience.wait(0.1)
+            latencies = {name: [] for name in ports}
+
+            def one_client(name: str) -> None:
+                latencies[name] += [ask(ports[name], z) for z in vectors[:100]]
+
+            def many_clients(name: str) -> None:
+                with ThreadPoolExecutor(32) as clients:
+                    list(clients.map(lambda z: ask(ports[name], z), vectors))
+
+            alternate({name: lambda name=name: one_client(name) for name in ports}, options.rounds)
+            one = {name: {"ms a face, one client": round(1e3 * statistics.median(values), 2),
+                          "95 % under": round(1e3 * sorted(values)[int(0.95 * len(values))], 2)}
+                   for name, values in latencies.items()}
+            seconds = alternate({name: lambda name=name: many_clients(name) for name in ports}, options.rounds)
+        finally:
+            for server in servers:
+                server.terminate()
+                server.wait()
+    return {"one client": one, "32 clients": summary(seconds, len(vectors), "faces")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("train", "prepare", "serve"):
+        command = commands.add_parser(name)
+        command.add_argument("--rounds", type=int, default=5)
+        command.add_argument("--json", action="store_true", help="one JSON object on standard output")
+        command.add_argument("--data", type=Path, help={"train": "a dataset written by prepare (default: drawn faces)",
+                                                        "prepare": "photos (default: drawn ones)"}.get(name, "not used"))
+        if name == "train":
+            command.add_argument("--model", choices=list(gan.OBJECTIVES), default="WGAN-GP")
+            command.add_argument("--precision", default="auto")
+            command.add_argument("--device", default="auto")
+            command.add_argument("--epochs", type=int, default=10, help="of the whole training, 0 for none")
+        if name == "prepare":
+            command.add_argument("--photos", type=int, default=400)
+    commands.add_parser("plain-server").add_argument("port", type=int)
+    options = parser.parse_args()
+    if options.command == "plain-server":
+        return plain_server(options.port)
+    stdout, sys.stdout = sys.stdout, sys.stderr if options.json else sys.stdout
+    found = {"train": bench_train, "prepare": bench_prepare, "serve": bench_serve}[options.command](options)
+    if options.json:
+        print(json.dumps(found, indent=1), file=stdout)
+    else:
+        for name, value in found.items():
+            print(f"{name}: {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
