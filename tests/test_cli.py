@@ -38,7 +38,8 @@ def test_from_photos_to_a_face_in_the_browser(tmp_path):
 
     assert run_gan("generate", "--count", 3, cwd=tmp_path).returncode == 0
     assert sorted(path.name for path in (tmp_path / "runs/wgan-gp/generated").iterdir()) == [
-        "face-00000.png", "face-00001.png", "face-00002.png", "grid.png"]
+        "face-00000.png", "face-00001.png", "face-00002.png"]
+    assert (tmp_path / "runs/wgan-gp/generated-grid.png").exists()
 
     server = subprocess.Popen([sys.executable, str(ROOT / "gan.py"), "eval", "--port", "0"], cwd=tmp_path,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

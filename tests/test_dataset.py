@@ -423,7 +423,7 @@ def test_manifest_tells_all(tmp_path):
     assert manifest == json.loads((data / "manifest.json").read_text()) == prepared(source, data, seed=3)
     assert (manifest["count"], manifest["source"], manifest["photos_found"]) == (405, str(source), 406)
     assert manifest["settings"] == {"dataset": str(source), "demo": False, "download": False, "data": str(data), "size": 32,
-                                    "crop": 1.0, "per_person": 2, "limit": 2000, "seed": 3}
+                                    "crop": 1.0, "per_person": 2, "limit": 2000, "seed": 3, "png": None}
     assert [batch["count"] for batch in manifest["batches"]] == [200, 200, 5] and list(reasons(manifest)) == ["bad.png"]
     packed = [(data / batch["file"]).read_bytes() for batch in manifest["batches"]]
     assert [hashlib.sha256(p).hexdigest() for p in packed] == [batch["sha256"] for batch in manifest["batches"]]

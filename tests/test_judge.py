@@ -1,0 +1,273 @@
+"""The judge: its measures against oracles, what it must put in order, and what training makes of it.
+
+GAN_TEST_DATA=DIR has the order tested on the faces of a dataset of yours, with at least 1,000 held out."""
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_gan
+from torch.nn import functional
+
+import gan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def faces() -> tuple[torch.Tensor, torch.Tensor]:
+    """(Faces to train on, as many held-out ones): drawn ones of 48 pixels unless GAN_TEST_DATA names others."""
+    if "GAN_TEST_DATA" in os.environ:
+        data = Path(os.environ["GAN_TEST_DATA"])
+        return gan.load_faces(data)[0], gan.load_faces(data, "held_out")[0][:1000]
+    with gan.ThreadPoolExecutor() as pool:
+        drawn = list(pool.map(lambda i: torch.tensor(gan.draw_face_array(5, i, 48)), range(800)))
+    return torch.stack(drawn).permute(0, 3, 1, 2).contiguous().split(400)
+
+
+@pytest.fixture(scope="module")
+def judge(faces) -> gan.Judge:
+    return gan.Judge(*faces, CPU)
+
+
+def blurred(images, sigma: float):
+    offsets = torch.arange(-9, 10.0)
+    window = torch.exp(-offsets ** 2 / (2 * sigma ** 2))
+    window = (window / window.sum()).expand(3, 1, 1, 19)
+    x = functional.pad(images.float(), (9, 9, 9, 9), mode="reflect")
+    x = functional.conv2d(functional.conv2d(x, window, groups=3), window.transpose(2, 3), groups=3)
+    return x.round().clamp(0, 255).byte()
+
+
+def repeated(images, kinds: int):
+    return images[torch.arange(len(images)) % kinds]
+
+
+def principal_components(faces, count: int, kept: int):
+    """Faces drawn from the normal distribution of the training faces' first principal components."""
+    flat = faces.flatten(1).float()
+    _, spread, directions = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    numbers = torch.randn(count, kept, generator=torch.Generator().manual_seed(0)) * spread[:kept] / len(faces) ** 0.5
+    return (flat.mean(0) + numbers @ directions[:kept]).view(count, *faces.shape[1:]).round().clamp(0, 255).byte()
+
+
+def test_worse_faces_score_worse(faces, judge):
+    """Other real faces < slight blur < strong blur < noise; reals < many repeated < fewer < 5; reals < PCA samples. The
+    repeated ones have few neighbourhoods of real faces covered and are alike."""
+    training, held_out = faces
+    chance = torch.Generator().manual_seed(1)
+    others = training[torch.randperm(len(training), generator=chance)[:judge.count]]
+    noise = torch.randint(0, 256, others.shape, generator=chance, dtype=torch.uint8)
+    worse = {"reals": others, "slight": blurred(others, 0.7), "strong": blurred(others, 1.5), "noise": noise}
+    fewer = {"reals": others, "half": repeated(others, len(others) // 2), "50": repeated(others, 50), "5": repeated(others, 5)}
+    for series in (worse, fewer):
+        distances = [judge.score(images)["frechet"] for images in series.values()]
+        assert distances == sorted(distances) and len(set(distances)) == 4, dict(zip(series, distances, strict=True))
+    pca = judge.score(principal_components(training, len(others), min(200, len(training) // 3)))
+    real, five = judge.score(others), judge.score(fewer["5"])
+    assert pca["frechet"] > real["frechet"] and pca["coverage"] < real["coverage"], (pca, real)
+    assert five["coverage"] < 0.1 < real["coverage"] and five["recall"] <= real["recall"]
+    assert five["ms_ssim"] > real["ms_ssim"] + 0.1
+    assert judge.score(worse["strong"])["swd"] > judge.score(worse["slight"])["swd"] > real["swd"]
+
+
+def test_memory_tells_learning_by_heart(faces, judge):
+    """Training faces are at distance 0 of themselves, others as far as held-out ones."""
+    training, held_out = faces
+    assert judge.score(training[:judge.count])["memory"] == pytest.approx(0, abs=0.01)
+    assert judge.score(held_out[:judge.count])["memory"] == 1
+
+
+def test_figures_do_not_depend_on_the_batch_size(faces, judge, monkeypatch):
+    """Nor on when they are taken."""
+    drawn = blurred(faces[1], 1.0)
+    first = judge.score(drawn)
+    monkeypatch.setattr(gan, "JUDGE_BATCH", 77)
+    assert gan.Judge(*faces, CPU).score(drawn) == pytest.approx(first, rel=1e-3, abs=2e-3)
+
+
+def test_as_many_drawn_faces_as_real_ones(faces, judge):
+    """Any other number is refused, and so are too few held-out faces."""
+    with pytest.raises(ValueError, match="the number"):
+        judge.score(faces[1][:-1])
+    with pytest.raises(gan.UserError, match="at least 100"):
+        gan.Judge(faces[0], faces[1][:99], CPU)
+
+
+def test_frechet_distance_of_known_distributions():
+    """Means 3 apart and independent coordinates with deviations 1 and 2: 9 + Σ (1 − 2)². Symmetric, 0 to itself."""
+    chance = torch.Generator().manual_seed(0)
+    a = torch.randn(500, 4, generator=chance, dtype=torch.double)
+    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T  # exactly mean 0 and covariance 1
+    b = 2 * a + torch.tensor([3.0, 0, 0, 0])
+    assert gan.frechet_distance(a, b) == pytest.approx(9 + 4) == gan.frechet_distance(b, a)
+    assert gan.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_neighbourhoods_are_the_papers():
+    """Against the definitions, written as loops over points."""
+    chance = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(40, 3, generator=chance), 0.7 * torch.randn(30, 3, generator=chance) + 0.5
+    far = lambda a, b: (a - b).norm().item()  # noqa: E731
+    radius = {name: [sorted(far(x, y) for y in points)[3] for x in points] for name, points in (("r", real), ("f", fake))}
+    inside = [[far(r, f) < radius["r"][i] for i, r in enumerate(real)] for f in fake]
+    expected = {"precision": sum(map(any, inside)) / 30, "density": sum(map(sum, inside)) / 3 / 30,
+                "recall": sum(any(far(r, f) < radius["f"][j] for j, f in enumerate(fake)) for r in real) / 40,
+                "coverage": sum(map(any, zip(*inside, strict=True))) / 40}
+    assert gan.neighbourhoods(real, fake, k=3) == pytest.approx(expected)
+
+
+def test_the_pyramid_holds_the_image():
+    """Its levels, enlarged again and added, are the image; the sides are halved down to 16 or more."""
+    images = torch.randint(0, 256, (2, 3, 80, 80), dtype=torch.uint8)
+    levels = gan.laplacian_pyramid(images)
+    assert [level.shape[-1] for level in levels] == [80, 40, 20]
+    kernel = 4 * torch.tensor([1.0, 4, 6, 4, 1]).outer(torch.tensor([1.0, 4, 6, 4, 1])).expand(3, 1, 5, 5) / 256
+    x, inside = levels[-1], slice(16, -16)  # at the edges the enlarged image is mirrored
+    for level in levels[-2::-1]:
+        x = level + functional.conv_transpose2d(x, kernel, stride=2, padding=2, output_padding=1, groups=3)
+    assert torch.allclose(x[..., inside, inside], gan.to_face(images)[..., inside, inside], atol=1e-5)
+    flat = gan.laplacian_pyramid(torch.full((1, 3, 80, 80), 200, dtype=torch.uint8))
+    assert all(level.abs().max() < 1e-6 for level in flat[:-1])
+
+
+def test_sliced_wasserstein_of_itself_is_zero(faces):
+    """And contrast or brightness alone is no distance: patches have mean 0 and variance 1."""
+    images = faces[1][:100]
+    distance = gan.SlicedWasserstein(images)
+    assert distance(images) == pytest.approx([0] * len(distance.real))
+    dark = images // 2
+    assert max(gan.SlicedWasserstein(dark)(2 * dark)) < 0.01 < 20 < min(distance(repeated(images, 2)))
+
+
+def test_ms_ssim_of_known_pairs():
+    """1 for equal images; for grey ones of brightness a and b, whose structure is the same, the luminance term alone."""
+    images = torch.randint(0, 256, (3, 3, 80, 80), dtype=torch.uint8)
+    assert gan.ms_ssim(images, images).tolist() == pytest.approx([1, 1, 1])
+    a, b = torch.full((1, 3, 80, 80), 100, dtype=torch.uint8), torch.full((1, 3, 80, 80), 150, dtype=torch.uint8)
+    luminance = (2 * 100 * 150 + 6.5025) / (100 ** 2 + 150 ** 2 + 6.5025)
+    weight = 0.3001 / (0.0448 + 0.2856 + 0.3001)  # 80, 40 and 20 pixels hold an 11-pixel window
+    assert gan.ms_ssim(a, b).item() == pytest.approx(luminance ** weight, rel=2e-4)
+    assert gan.ms_ssim(images, 255 - images).max() < 0.1
+
+
+def scores(coverage: float, alike: float = 0.2) -> dict:
+    return {"coverage": coverage, "ms_ssim": alike, "ms_ssim_real": 0.2}
+
+
+@pytest.mark.parametrize(("judged", "expected"), [
+    ([scores(c) for c in (0.1, 0.5, 0.8, 0.7, 0.9, 0.6, 0.9)], False),  # noisy but healthy
+    ([scores(c) for c in (0.1, 0.5, 0.8, 0.3, 0.3, 0.8)], False),  # it recovered
+    ([scores(c) for c in (0.1, 0.5, 0.8, 0.3, 0.2, 0.1)], True),
+    ([scores(c) for c in (0.8, 0.1, 0.1)], False),  # too early to tell
+    ([scores(0.01, a) for a in (0.1, 0.2, 0.4, 0.5, 0.6, 0.7)] + [scores(0.5, 0.4)], False),  # the blurs of a beginning
+    ([scores(0.8, a) for a in (0.3, 0.2, 0.4, 0.5, 0.6)], True),
+    ([scores(0.8, a) for a in (0.3, 0.25, 0.2, 0.3, 0.25, 0.3)], False)])
+def test_collapse_is_a_clear_and_lasting_fall(judged, expected):
+    """Three judgements in a row below half of the best coverage, or much more alike than ever."""
+    assert gan.collapsed(judged) == expected
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """400 drawn faces of 32 pixels and 100 held out."""
+    data = tmp_path_factory.mktemp("judged") / "data"
+    gan.prepare(gan.PrepareSettings(demo=True, data=str(data), size=32, limit=400))
+    return data
+
+
+def settings(data, run, **changes) -> gan.TrainSettings:
+    return gan.TrainSettings(**{"data": str(data), "run": str(run), "width": 4, "epochs": 6, "device": "cpu", "save_every": 2,
+                                "keep_every": 3, "judge_every": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def judged_run(data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("judged") / "run"
+    assert gan.train(settings(data, run)) == 0
+    return run
+
+
+def test_training_keeps_the_best(judged_run):
+    """Judged are the epochs asked for and the kept ones; best.pt has the least distance and is taken by default."""
+    judged = {line["epoch"]: line["scores"] for line in gan.read_log(judged_run) if "scores" in line}
+    assert list(judged) == [2, 3, 4, 6] and set(gan.SCORES) <= set(judged[2])
+    best = min(judged, key=lambda epoch: judged[epoch]["frechet"])
+    state = gan.read_checkpoint(judged_run / "best.pt")
+    assert (state["progress"]["epoch"], state["scores"]) == (best, judged[best])
+    assert gan.read_checkpoint(judged_run / "epoch-00003.pt")["scores"] == judged[3]
+    assert gan.find_checkpoint(judged_run, None).name == "best.pt"
+    assert (judged_run / "curves.png").stat().st_size > 10_000
+
+
+def test_a_worse_checkpoint_never_replaces_the_best(data, judged_run, tmp_path):
+    """Also when the run goes on from an earlier epoch, whose log no longer knows of the best."""
+    run = tmp_path / "run"
+    gan.shutil.copytree(judged_run, run)
+    state = gan.read_checkpoint(run / "best.pt")
+    state["scores"]["frechet"] = 1e-3
+    gan.write_checkpoint(run / "best.pt", state)
+    before = (run / "best.pt").read_bytes()
+    assert gan.train(settings(data, run, checkpoint="3", epochs=7)) == 0
+    assert (run / "best.pt").read_bytes() == before
+
+
+def test_the_judge_judges_checkpoints_as_training_did(data, judged_run, tmp_path):
+    """`judge` with the seed of training's latent vectors gives the scores of the log, a line a checkpoint or JSON."""
+    told = run_gan("judge", "--run", judged_run, "--checkpoint", "all", "--json", cwd=tmp_path)
+    found = {Path(line["checkpoint"]).name: line for line in json.loads(told.stdout)}
+    assert list(found) == ["epoch-00003.pt", "epoch-00006.pt", "best.pt", "last.pt"]
+    for name, line in found.items():
+        expected = gan.read_checkpoint(judged_run / name)["scores"]
+        assert {key: line[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=2e-3)
+    told = run_gan("judge", "--run", judged_run, cwd=tmp_path)
+    assert told.returncode == 0 and "best" in told.stdout and "coverage" in told.stdout
+
+
+def test_collapse_is_told_shown_and_marked(data, tmp_path, monkeypatch, capsys):
+    """A line, a mark in the log and a picture, once; with --stop-on-collapse the run ends, saved, with exit code 3."""
+    monkeypatch.setattr(gan, "collapsed", lambda judged: len(judged) >= 2)
+    run = tmp_path / "run"
+    assert gan.train(settings(data, run)) == 0
+    assert [line["collapsed"] for line in gan.read_log(run) if "scores" in line] == [False, True, True, True]
+    assert [path.name for path in run.glob("collapse-*.png")] == ["collapse-00003.png"]
+    assert capsys.readouterr().out.count("the faces have collapsed") == 1
+    assert gan.train(settings(data, tmp_path / "stopped", stop_on_collapse=True)) == 3
+    assert gan.read_checkpoint(tmp_path / "stopped" / "last.pt")["progress"]["epoch"] == 3
+
+
+def test_the_most_similar_faces_are_found(faces, judge):
+    """Two copies among other faces come first, and the nearest training face of a training face is itself."""
+    drawn = faces[1].clone()
+    drawn[7] = drawn[300] = faces[0][11]
+    rows = judge.most_similar(drawn, pairs=2).view(3, 2, *drawn.shape[1:])
+    assert all(torch.equal(row[0], faces[0][11]) for row in rows)
+
+
+def test_held_out_faces_are_of_other_persons(tmp_path):
+    """Whenever the source has persons beyond --limit; none of theirs is trained on."""
+    for person in range(30):
+        for photo in range(2):
+            path = tmp_path / "photos" / f"p{person:02d}" / f"{photo}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            gan.Image.new("RGB", (40, 40), (person * 8, photo * 200, 100)).save(path)
+    arguments = {"dataset": str(tmp_path / "photos"), "data": str(tmp_path / "data"), "size": 32}
+    persons = []
+    for limit, expected in ((20, range(1, 40)), (0, [0])):
+        gan.prepare(gan.PrepareSettings(**arguments, limit=limit))
+        parts = [gan.load_faces(tmp_path / "data", kind)[0] for kind in ("batches", "held_out")]
+        persons = [{round(value / 8) for value in part[:, 0, 16, 16].tolist()} for part in parts]
+        assert not persons[0] & persons[1] and len(parts[1]) in expected
+    assert len(persons[0]) == 30
+
+
+def test_png_files_for_other_tools(tmp_path):
+    """`prepare --png` leaves the training faces, no others, as they are."""
+    done = run_gan("prepare", "--demo", "--limit", 12, "--size", 32, "--png", "pngs", cwd=tmp_path)
+    assert done.returncode == 0
+    faces = gan.load_faces(tmp_path / "data")[0]
+    for i, face in enumerate(faces):
+        with gan.Image.open(tmp_path / "pngs" / f"face-{i:05d}.png") as image:
+            assert (gan.np.asarray(image) == face.permute(1, 2, 0).numpy()).all()
+    assert len(list((tmp_path / "pngs").iterdir())) == 12
