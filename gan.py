@@ -44,7 +44,7 @@ from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from http.client import LineTooLong
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
@@ -1492,6 +1492,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(next(device for device in available if available[device]) if name == "auto" else name)
 
 
+@cache
 def pick_precision(name: str, device: torch.device) -> str:
     """auto: 'bf16' where the device is known to multiply matrices of it natively, else 'fp32'; emulated, bf16 takes a
     hundred times as long as float32. Timing both would tell of any processor, but not the same on a busy machine."""
@@ -1902,11 +1903,13 @@ def train(settings: TrainSettings) -> int:
 def draw(generator: nn.Module, z: Tensor, chunk: int = 100) -> Tensor:
     """Latent vectors (N, 128) -> uint8 images (N, 3, S, S) on the CPU, `chunk` at a time.
 
-    In evaluation mode, so that a face does not depend on the others drawn with it."""
+    In evaluation mode, so that a face does not depend on the others drawn with it, and in bf16 where that is native: it
+    takes two thirds of the time and changes no colour by more than a few of 255 steps."""
     device = next(generator.parameters()).device
     training = generator.training
     generator.eval()
-    images = torch.cat([to_image(generator(part.to(device))) for part in z.split(chunk)])
+    with autocast(device)():
+        images = torch.cat([to_image(generator(part.to(device))) for part in z.split(chunk)])
     generator.train(training)
     return images.contiguous()
 
@@ -2012,8 +2015,7 @@ class Renderer:
     """Draws the faces that request threads ask for; those that wait at one moment share one forward pass."""
     MOST_AT_ONCE = 32
 
-    def __init__(self, context: Callable = nullcontext):
-        self.autocast = context
+    def __init__(self):
         self.waiting: deque[tuple[nn.Module, list[float], Future]] = deque()
         self.condition = threading.Condition()
         threading.Thread(target=self.work, daemon=True).start()
@@ -2035,8 +2037,7 @@ class Renderer:
                 while self.waiting and self.waiting[0][0] is generator and len(group) < self.MOST_AT_ONCE:
                     group.append(self.waiting.popleft())
             try:
-                with self.autocast():
-                    images = draw(generator, torch.tensor([z for _, z, _ in group]))
+                images = draw(generator, torch.tensor([z for _, z, _ in group]))
                 images = images.permute(0, 2, 3, 1).contiguous().numpy()
                 for image, (_, _, future) in zip(images, group):
                     future.set_result(image)
@@ -2049,7 +2050,7 @@ class Site:
     """What the server offers of one run: the page, its checkpoints and the faces they draw. Knows no sockets."""
 
     def __init__(self, run: Path, default: str | None, device: torch.device):
-        self.run, self.device, self.renderer = run, device, Renderer(autocast(device))
+        self.run, self.device, self.renderer = run, device, Renderer()
         self.default_path = find_checkpoint(run, default)
         self.cache: OrderedDict[Path, tuple[int, Generator, dict]] = OrderedDict()
         self.lock = threading.Lock()

@@ -50,12 +50,13 @@ def vivid_copy(trained: Path, folder: Path) -> Path:
 
 
 def oracle(path: Path, values) -> np.ndarray:
-    """The face (S, S, 3) of one vector, drawn from the checkpoint file without any of gan.py's drawing code."""
+    """The face (S, S, 3) of one vector, drawn from the checkpoint file without any of gan.py's drawing code but in the
+    same precision: vivid_copy's gain would make much of a difference that nobody sees."""
     state = torch.load(path, weights_only=True)
     generator = gan.Generator(state["image_size"], state["settings"]["width"]).eval()
     generator.load_state_dict(state["networks"]["averaged"])
-    with torch.no_grad():
-        face = generator(torch.tensor([values], dtype=torch.float32))[0]
+    with torch.no_grad(), gan.autocast(CPU)():
+        face = generator(torch.tensor([values], dtype=torch.float32))[0].float()
     return ((face + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy().astype(int)
 
 
