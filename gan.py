@@ -274,6 +274,7 @@ def walk_folder(root: Path) -> Iterator[Entry]:
 
 
 def read_file(path: str) -> bytes:
+    """All bytes of a file; OSError where it cannot be read."""
     with open(path, "rb") as file:
         return file.read()
 
@@ -652,7 +653,8 @@ def prepare(settings: PrepareSettings) -> dict:
             if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
                 path.unlink()
         if settings.png:
-            write_pngs(Path(settings.png), read_faces(good))
+            for start in range(0, len(good), BATCH_FILE_FACES):  # bounds memory
+                write_pngs(Path(settings.png), read_faces(good[start:start + BATCH_FILE_FACES]), start)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return manifest
@@ -1106,19 +1108,21 @@ def append_log(run: Path, line: dict) -> None:
 
 
 def draw_curves(run: Path, lines: list[dict]) -> None:
-    """Draw curves.png: accuracies, losses and the share of discriminator updates over the epochs."""
+    """Draw curves.png: accuracies, losses, the share of discriminator updates and the judge's scores over the epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     judged = [line for line in lines if "scores" in line]
     figure = Figure(figsize=(9, 16 if judged else 9), layout="constrained")
     FigureCanvasAgg(figure)  # draws to memory: no window, no display needed
     panels = figure.subplots(6 if judged else 3, 1, sharex=True)
-    contents = [("accuracy", ["discriminator_accuracy", "generator_accuracy"]),
-                ("loss", ["discriminator_loss", "generator_loss", "gradient_penalty"]),
-                ("share of discriminator updates", ["discriminator_share"]),
-                ("distance to real faces", ["frechet", "swd"]), ("share", ["precision", "recall", "coverage"]),
-                ("similarity, memory", ["ms_ssim", "ms_ssim_real", "memory"])]
-    for panel, (title, names) in zip(panels, contents):
+    share = {"ylim": (-0.02, 1.02)}
+    contents = [("accuracy", ["discriminator_accuracy", "generator_accuracy"], share),
+                ("loss", ["discriminator_loss", "generator_loss", "gradient_penalty"], {}),
+                ("share of discriminator updates", ["discriminator_share"], share),
+                ("distance to real faces", ["frechet", "swd"], {"yscale": "log"}),
+                ("share", ["precision", "recall", "coverage"], share),
+                ("similarity, memory", ["ms_ssim", "ms_ssim_real", "memory"], {})]
+    for panel, (title, names, scale) in zip(panels, contents):
         for name in names:
             rows = lines if name in COLUMNS else [{"epoch": line["epoch"], **line["scores"]} for line in judged]
             values = [math.nan if row[name] is None else row[name] for row in rows]
@@ -1127,12 +1131,8 @@ def draw_curves(run: Path, lines: list[dict]) -> None:
         for line in judged:
             if line["collapsed"]:
                 panel.axvline(line["epoch"], color="red", alpha=0.3)
-        panel.set_ylabel(title)
+        panel.set(ylabel=title, **scale)
         panel.grid(alpha=0.3)
-        if "distance" in title:
-            panel.set_yscale("log")
-        elif title not in ("loss", "similarity, memory"):
-            panel.set_ylim(-0.02, 1.02)
         if len(names) > 1:
             panel.legend(loc="best", fontsize="small")
     panels[-1].set_xlabel("epoch")
@@ -1797,7 +1797,8 @@ def open_run(settings: TrainSettings, run: Path, size: int, batches: list[dict])
 
 
 def train(settings: TrainSettings) -> int:
-    """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, or 130/143 when asked to stop."""
+    """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, 130 or 143 when
+    asked to stop, 3 when stopped by --stop-on-collapse."""
     device = pick_device(settings.device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more of them would wait for one another
     faces, batches = load_faces(Path(settings.data))
@@ -1816,11 +1817,6 @@ def train(settings: TrainSettings) -> int:
             if state["settings"]["balance"] == settings.balance:
                 balance.discriminator_left = state["discriminator_left"]
         progress = pair.progress
-        jury = None
-        try:
-            jury = Jury(settings, faces, run, device)
-        except UserError as error:
-            say(f"nothing is judged: {error}")
         log = read_log(run, progress.epoch)
         atomic_write(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
         if progress.epoch >= settings.epochs:
@@ -1828,6 +1824,11 @@ def train(settings: TrainSettings) -> int:
             return 0
         say(f"{settings.model}, {count:,} faces of {size}×{size} pixels, on {device} "
             f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
+        jury = None
+        try:
+            jury = Jury(settings, faces, run, device)
+        except UserError as error:
+            say(f"nothing is judged: {error}")
         if count < 500:
             say(f"only {count} faces: expect the generator to learn them by heart")
 
