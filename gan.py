@@ -144,7 +144,7 @@ class PrepareSettings:
     size: int = setting(80, "side of a face in pixels", one_of(*image_sizes()), "PIXELS")
     crop: float = setting(0.5, "central share of width and height to keep, 1 for all", between(0.05, 1, float), "SHARE")
     per_person: int = setting(2, "images of one person (one folder), 0 for all", between(0, 10**6), "N")
-    limit: int = setting(2000, "faces at most, 0 for all", between(0, 10**7), "N")
+    limit: int = setting(2000, "faces to train on at most, 0 for all", between(0, 10**7), "N")
     seed: int = setting(0, "seed of the order of faces", between(0, 2**31 - 1), "N")
     png: str | None = setting(None, "also write the training faces as PNG files here, for other tools", metavar="DIR")
 
@@ -220,6 +220,7 @@ class DemoSettings:
 # ================================================================================================
 
 HELD_OUT_FACES = 1000  # at most; the judge compares with them
+LEAST_JUDGED = 100  # fewer would say nothing
 OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.pt\.gz|\.gan-.*")
 
 
@@ -323,6 +324,23 @@ def choose_photos(names: list[str], per_person: int, seed: int) -> list[str]:
             chosen.append(name)
     random.Random(seed).shuffle(chosen)
     return chosen
+
+
+def choose_held_out(names: list[str], limit: int) -> set[str]:
+    """Those of the names that are held out of training: what --limit leaves over, at least a fifth, at most 1,000; none
+    where these would be too few to judge by. They are all the photos of their persons; persons of few photos come
+    first, so that there are many of them."""
+    person = persons_of(names)
+    wanted = min(HELD_OUT_FACES, max(len(names) // 5, len(names) - limit))
+    photos: dict[str, list[str]] = {}
+    for name in reversed(names):  # the first ones are trained on
+        photos.setdefault(person[name], []).append(name)
+    held_out: set[str] = set()
+    for theirs in sorted(photos.values(), key=len):
+        if wanted < LEAST_JUDGED or len(held_out) >= wanted:
+            break
+        held_out.update(theirs)
+    return held_out
 
 
 def crop_box(width: int, height: int, crop: float) -> tuple[float, float, float, float]:
@@ -564,8 +582,7 @@ def collect_faces(settings: PrepareSettings, faces: BinaryIO) -> tuple[list[int]
     that are held out, facts for the manifest).
 
     The file keeps memory bounded however many photos there are; slots make the result independent of the order in
-    which they are read. Where photos turn out bad, the next ones take their place until --limit is reached. Held out
-    are up to 1,000 faces of persons that are not among those to train on."""
+    which they are read. Where photos turn out bad, the next ones take their place until --limit is reached."""
     size, source, skipped = settings.size, None if settings.demo else find_source(settings), {}
     if source is None:
         count = settings.limit or 2000
@@ -590,10 +607,9 @@ def collect_faces(settings: PrepareSettings, faces: BinaryIO) -> tuple[list[int]
             done += len(batch)
         return good[:most]
     with tqdm(unit="face", desc="prepare", disable=not sys.stderr.isatty()) as bar:
-        good = take(list(range(len(names))), limit)
-        person = persons_of(names)
-        known = {person[names[slot]] for slot in good}
-        held_out = take([slot for slot, name in enumerate(names) if person[name] not in known], HELD_OUT_FACES)
+        apart = choose_held_out(names, limit)
+        good, held_out = (take([slot for slot, name in enumerate(names) if (name in apart) == held], most)
+                          for held, most in ((False, limit), (True, HELD_OUT_FACES)))
     if not good:
         first = "".join(f": {name!a} {reason}, for one" for name, reason in list(skipped.items())[:1])
         raise UserError(f"no usable photo in {source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders and "
@@ -1212,7 +1228,6 @@ class RunLock:
 # ================================================================================================
 
 JUDGED_FACES = 1000  # real and drawn ones at most; always as many of both
-LEAST_JUDGED = 100  # fewer would say nothing
 JUDGE_BATCH = 200  # images at a time, which bounds memory and changes no figure
 FEATURES = 64
 NEIGHBOURS = 5  # the k of precision, recall, density and coverage

@@ -245,21 +245,39 @@ def test_the_most_similar_faces_are_found(faces, judge):
     assert all(torch.equal(row[0], faces[0][11]) for row in rows)
 
 
+def names(persons: int, photos: int) -> list[str]:
+    return gan.choose_photos([f"p{person:03d}/{photo}.jpg" for person in range(persons) for photo in range(photos)], 0, 0)
+
+
+@pytest.mark.parametrize("persons, photos, limit, expected", [
+    (300, 2, 100, 500), (300, 2, 10**6, 120), (3000, 2, 2000, 1000), (3000, 2, 10**6, 1000), (49, 10, 10**6, 0),
+    (50, 10, 10**6, 100)])
+def test_so_many_faces_are_held_out(persons, photos, limit, expected):
+    """What --limit leaves over, at least a fifth, at most 1,000, whole persons; none where that is less than 100."""
+    apart = gan.choose_held_out(names(persons, photos), limit)
+    assert len(apart) == expected
+    assert all(len([n for n in apart if n.split("/")[0] == p]) == photos for p in {n.split("/")[0] for n in apart})
+
+
+def test_one_person_of_many_photos_is_not_what_is_held_out():
+    """The judge wants many persons, training many photos."""
+    everyone = names(1, 500) + [f"q{i:03d}/0.jpg" for i in range(300)]
+    assert all(name.startswith("q") for name in gan.choose_held_out(everyone, 10**6))
+
+
 def test_held_out_faces_are_of_other_persons(tmp_path):
-    """Whenever the source has persons beyond --limit; none of theirs is trained on."""
-    for person in range(30):
+    """With and without a --limit, in folders of one person each; no face of theirs is trained on."""
+    for person in range(250):
         for photo in range(2):
-            path = tmp_path / "photos" / f"p{person:02d}" / f"{photo}.png"
+            path = tmp_path / "photos" / f"p{person:03d}" / f"{photo}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            gan.Image.new("RGB", (40, 40), (person * 8, photo * 200, 100)).save(path)
+            gan.Image.new("RGB", (40, 40), (person, photo * 200, 100)).save(path)
     arguments = {"dataset": str(tmp_path / "photos"), "data": str(tmp_path / "data"), "size": 32}
-    persons = []
-    for limit, expected in ((20, range(1, 40)), (0, [0])):
+    for limit, expected in ((20, (20, 480)), (0, (400, 100))):
         gan.prepare(gan.PrepareSettings(**arguments, limit=limit))
         parts = [gan.load_faces(tmp_path / "data", kind)[0] for kind in ("batches", "held_out")]
-        persons = [{round(value / 8) for value in part[:, 0, 16, 16].tolist()} for part in parts]
-        assert not persons[0] & persons[1] and len(parts[1]) in expected
-    assert len(persons[0]) == 30
+        persons = [set(part[:, 0, 16, 16].tolist()) for part in parts]
+        assert not persons[0] & persons[1] and (len(parts[0]), len(parts[1])) == expected
 
 
 def test_png_files_for_other_tools(tmp_path):
