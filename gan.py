@@ -2140,10 +2140,13 @@ class Site:
         return Response(200, "image/png", png_bytes(image))
 
     def model(self, query: dict[str, str]) -> Response:
-        """GET /api/model: JSON of the run, its checkpoints, the latent size and the image size."""
+        """GET /api/model: JSON of the run, its checkpoints with what the judge says of them, and sizes."""
         generator, facts = self.load(self.default_path)
-        listed = [{"name": name, "epoch": int(name) if name.isdecimal() else self.load(path)[1]["epoch"],
-                   "best": name == "best"} for name, path in self.checkpoints().items()]
+        epochs = {name: int(name) if name.isdecimal() else self.load(path)[1]["epoch"]
+                  for name, path in self.checkpoints().items()}
+        scores = {line["epoch"]: line.get("scores") for line in read_log(self.run)}
+        listed = [{"name": name, "epoch": epoch, "best": name == "best", "scores": scores.get(epoch)}
+                  for name, epoch in epochs.items()]
         default = next(name for name, path in self.checkpoints().items() if path == self.default_path)
         body = {"run": str(self.run), "model": facts["model"], "latent_size": LATENT_SIZE,
                 "image_size": facts["image_size"], "checkpoints": listed, "default": default, "directions": []}

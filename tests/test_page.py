@@ -271,6 +271,19 @@ def test_checkpoint_menu(page, server, run):
         assert shows(page, run / FILES[name], BASE)
 
 
+def test_checkpoint_menu_tells_what_the_judge_says(page, run):
+    """The distance to real faces of those that were judged."""
+    log = (run / "log.jsonl").read_bytes()
+    try:
+        (run / "log.jsonl").write_text('{"epoch": 2, "scores": {"frechet": 12.34}}\n')
+        page.reload()
+        await_shown(page, BASE)
+        labels = page.locator("#checkpoint option").all_inner_texts()
+        assert sorted(labels) == sorted(["epoch 4 (last)", "epoch 2 · distance 12.3", "epoch 4"])
+    finally:
+        (run / "log.jsonl").write_bytes(log)
+
+
 def test_one_request_in_flight_and_the_newest_next(page, server, run):
     """While one face is drawn the page asks for no other; then it asks for the newest vector alone."""
     asked(page, server)
