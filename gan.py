@@ -133,6 +133,9 @@ def setting(default, help: str, parse: Callable = str, metavar: str | None = Non
     return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar, "fixed": fixed})
 
 
+DEVICES = "auto, cpu, cuda or mps", one_of("auto", "cpu", "cuda", "mps"), "NAME"  # the declaration of --device
+
+
 @dataclass(frozen=True)
 class PrepareSettings:
     """Settings of `prepare`."""
@@ -161,7 +164,7 @@ class TrainSettings:
     balance: str | int = setting("accuracy", "'accuracy' (train the network that is behind) or discriminator "
                                  "updates a generator update", balance_rule, "RULE")
     clip: float = setting(0.1, "WGAN: limit of a discriminator weight", between(1e-4, 100.0, float), "LIMIT")
-    device: str = setting("auto", "auto, cpu, cuda or mps", one_of("auto", "cpu", "cuda", "mps"), "NAME")
+    device: str = setting("auto", *DEVICES)
     precision: str = setting("auto", "of the forward and backward passes: fp32, bf16 or auto (bf16 where the processor "
                              "has it)", one_of("auto", "fp32", "bf16"), "NAME")
     seed: int = setting(0, "seed of weights, order and latent vectors", between(0, 2**31 - 1), "N", fixed=True)
@@ -175,37 +178,38 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
-class GenerateSettings:
-    """Settings of `generate`."""
+class RunSettings:
+    """Settings of what works with a trained run."""
     run: str | None = setting(None, "run folder (default: the newest in runs/)", metavar="DIR")
     checkpoint: str | None = setting(None, "best, last, an epoch number or a file (default: best, else last)",
                                      metavar="WHICH")
+
+
+@dataclass(frozen=True)
+class GenerateSettings(RunSettings):
+    """Settings of `generate`."""
     count: int = setting(100, "faces to draw", between(1, 10**6), "N")
     out: str | None = setting(None, "folder for the PNG files (default RUN/generated)", metavar="DIR")
     seed: int = setting(0, "seed of the latent vectors", between(0, 2**31 - 1), "N")
     min_abs: float = setting(0.0, "keep each number of z at least this far from 0", between(0.0, 3.0, float), "A")
-    device: str = setting("auto", "auto, cpu, cuda or mps", one_of("auto", "cpu", "cuda", "mps"), "NAME")
+    device: str = setting("auto", *DEVICES)
 
 
 @dataclass(frozen=True)
-class EvalSettings:
+class EvalSettings(RunSettings):
     """Settings of `eval`."""
-    run: str | None = setting(None, "run folder (default: the newest in runs/)", metavar="DIR")
-    checkpoint: str | None = setting(None, "best, last, an epoch number or a file (default: best, else last)",
-                                     metavar="WHICH")
     host: str = setting("127.0.0.1", "address to listen on", metavar="HOST")
     port: int = setting(8666, "port, 0 for any free one", between(0, 65535), "PORT")
 
 
 @dataclass(frozen=True)
-class JudgeSettings:
+class JudgeSettings(RunSettings):
     """Settings of `judge`."""
-    run: str | None = setting(None, "run folder (default: the newest in runs/)", metavar="DIR")
     checkpoint: str | None = setting(None, "all, best, last, an epoch number or a file (default: best, else last)",
                                      metavar="WHICH")
     data: str | None = setting(None, "dataset to judge by (default: the run's)", metavar="DIR")
     seed: int = setting(1, "seed of the latent vectors", between(0, 2**31 - 1), "N")
-    device: str = setting("auto", "auto, cpu, cuda or mps", one_of("auto", "cpu", "cuda", "mps"), "NAME")
+    device: str = setting("auto", *DEVICES)
     json: bool = setting(False, "print JSON")
 
 
@@ -1056,6 +1060,14 @@ def kept_checkpoints(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def find_run(named: str | None) -> Path:
+    """The run folder that --run names; None: the run in runs/ that was saved last."""
+    saved = sorted(Path("runs").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not (named or saved):
+        raise UserError("no run in runs/: train one with `gan.py train`, or name yours with --run")
+    return Path(named) if named else saved[-1].parent
+
+
 def find_checkpoint(run: Path, which: str | None) -> Path:
     """The file that --checkpoint WHICH means: best, last, an epoch number or a file; None: best if known, else last."""
     if not run.is_dir():
@@ -1465,7 +1477,7 @@ class Jury:
 
 def judge(settings: JudgeSettings) -> int:
     """Judge checkpoints of a run and print a line each. Returns the exit code."""
-    run, device = Path(settings.run) if settings.run else newest_run(), pick_device(settings.device)
+    run, device = find_run(settings.run), pick_device(settings.device)
     if settings.checkpoint == "all":
         paths = list(kept_checkpoints(run).values()) + [path for path in (run / "best.pt", run / "last.pt") if path.exists()]
     else:
@@ -1955,17 +1967,9 @@ def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
     return channels_last(generator, device).eval().requires_grad_(False), facts
 
 
-def newest_run() -> Path:
-    """The run in runs/ that was saved last."""
-    saved = sorted(Path("runs").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
-    if not saved:
-        raise UserError("no run in runs/: train one with `gan.py train`, or name yours with --run")
-    return saved[-1].parent
-
-
 def generate(settings: GenerateSettings) -> int:
     """Write --count faces as PNGs and, beside their folder, a grid of the first 100. Returns the exit code."""
-    run = Path(settings.run) if settings.run else newest_run()
+    run = find_run(settings.run)
     path = find_checkpoint(run, settings.checkpoint)
     generator, facts = load_generator(path, pick_device(settings.device))
     out = Path(settings.out) if settings.out else run / "generated"
@@ -2317,7 +2321,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 def serve(settings: EvalSettings) -> int:
     """Serve the page of a run until Ctrl-C. Returns the exit code."""
-    run = Path(settings.run) if settings.run else newest_run()
+    run = find_run(settings.run)
     site = Site(run, settings.checkpoint, torch.device("cpu"))  # one small face: faster than a trip to a GPU
     try:
         server = Server(site, settings.host, settings.port)

@@ -7,6 +7,7 @@ only what --out lacks and prints the table; a dozen minutes for two runs on two 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,21 @@ def learning_rates(factor: float):
                 group["lr"] *= factor
             return made
         gan.WGANGP.optimizer = optimizer
+    return patch
+
+
+def decay(factor: float, images: int):
+    """Learning rates times `factor` until so many images were seen, then falling with the square root of their number."""
+    def patch():
+        train_on = Pair.train_on
+
+        def decaying(self, real, balance):
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    rate = group.setdefault("first_rate", group["lr"])
+                    group["lr"] = rate * factor * min(1, (images / max(1, self.progress.images_seen)) ** 0.5)
+            return train_on(self, real, balance)
+        Pair.train_on = decaying
     return patch
 
 
@@ -123,6 +139,38 @@ def normalised_z():
     gan.Generator.forward = lambda self, z: forward(self, z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8))
 
 
+class Biased(gan.Generator):
+    """Adds a learned face to what the first layer makes of z, so that z = 0 is something."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__(size, width)
+        base, channels = gan.stage_channels(size, width)
+        self.bias = torch.nn.Parameter(torch.zeros(channels[0], base, base))
+
+    def forward(self, z):
+        return self.layers[1:](self.layers[0](z[:, :, None, None]) + self.bias)
+
+
+Biased.__name__ = "Generator"  # the seed of the weights depends on it
+
+
+def bias():
+    gan.Generator = Biased
+
+
+def short_z(share: float):
+    """So many of the latent vectors are shortened, to a length uniform from 0 to their own."""
+    def patch():
+        measure = Pair.measure
+
+        def shortened(self, **arguments):
+            length = torch.rand(len(self.z), 1, generator=self.random)
+            self.z.mul_(torch.where(torch.rand(len(self.z), 1, generator=self.random) < share, length, 1.0))
+            return measure(self, **arguments)
+        Pair.measure = shortened
+    return patch
+
+
 def r3gan(gamma: float):
     """Relativistic pairing, zero-centred penalties on real and drawn faces (arXiv 2501.05441)."""
     def patch():
@@ -167,6 +215,7 @@ RECIPES = {
     "default": ({}, []),
     "lr x2": ({}, [learning_rates(2)]),
     "lr x4": ({}, [learning_rates(4)]),
+    "lr x4 decay": ({}, [decay(4, 100_000)]),
     "mirror": ({}, [mirror]),
     "1:1": ({"balance": 1}, []),
     "5:1": ({"balance": 5}, []),
@@ -175,11 +224,13 @@ RECIPES = {
     "augment": ({}, [augment]),
     "lazy penalty 4": ({}, [lazy_penalty(4)]),
     "normalised z": ({}, [normalised_z]),
+    "bias": ({}, [bias]),
+    "bias + short z": ({}, [bias, short_z(0.25)]),
     "R3GAN": ({}, [r3gan(1.0)]),
 }
 
 
-def run_one(data: Path, out: Path, recipe: str, seed: int, images: int) -> None:
+def run_one(data: Path, out: Path, recipe: str, seed: int, images: int, width: int) -> None:
     """Train and judge one run, in this process; write its scores to a file of its own."""
     settings, patches = RECIPES[recipe]
     gan.Pair = Pair
@@ -187,9 +238,9 @@ def run_one(data: Path, out: Path, recipe: str, seed: int, images: int) -> None:
         patch()
     faces, held_out = gan.load_faces(data)[0], gan.load_faces(data, "held_out")[0]
     epochs = max(1, round(images / len(faces)))
-    folder = out / f"{recipe.replace(' ', '-').replace(':', '-')}-{len(faces)}-{images}-{seed}"
+    folder = out / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', recipe)}-{len(faces)}-{images}-{seed}"
     if gan.train(gan.TrainSettings(data=str(data), run=str(folder), seed=seed, epochs=epochs, device="cpu", sample_every=10,
-                                   judge_every=10**6, save_every=10, keep_every=10**6, **settings)):
+                                   judge_every=20, save_every=20, keep_every=10**6, width=width, **settings)):
         raise SystemExit("stopped")
     state, judge, scores = gan.read_checkpoint(folder / "last.pt"), gan.Judge(faces, held_out, torch.device("cpu")), {}
     z = gan.draw_latents(judge.count, 99)
@@ -197,10 +248,14 @@ def run_one(data: Path, out: Path, recipe: str, seed: int, images: int) -> None:
         if name != "discriminator":
             generator = gan.Generator(state["image_size"], state["settings"]["width"]).eval()
             generator.load_state_dict(weights)
-            scores[name] = judge.score(gan.draw(gan.channels_last(generator, torch.device("cpu")), z))
+            gan.channels_last(generator, torch.device("cpu"))
+            scores[name] = judge.score(gan.draw(generator, z))
+            if name == "averaged":
+                scores["averaged, z / 4"] = judge.score(gan.draw(generator, z / 4))
     log = gan.read_log(folder)
     row = {"recipe": recipe, "seed": seed, "faces": len(faces), "images": state["progress"]["images_seen"],
            "discriminator_share": mean(line["discriminator_share"] for line in log),
+           "judged": {line["epoch"]: line["scores"]["frechet"] for line in log if "scores" in line},
            "seconds": sum(line["seconds"] for line in log), "scores": scores}
     gan.atomic_write(folder.with_suffix(".json"), json.dumps(row, indent=1).encode())
     for path in folder.glob("*.pt"):
@@ -232,14 +287,17 @@ def main() -> None:
     parser.add_argument("--recipes", default=",".join(RECIPES), help="names, with commas between them")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--images", type=int, default=60_000)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--one", nargs=2, metavar=("RECIPE", "SEED"), help=argparse.SUPPRESS)  # the process of one run
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.one:
-        return run_one(arguments.data, arguments.out, arguments.one[0], int(arguments.one[1]), arguments.images)
+        return run_one(arguments.data, arguments.out, arguments.one[0], int(arguments.one[1]), arguments.images,
+                       arguments.width)
 
     def start(job: tuple[str, str]) -> None:
-        common = ["--data", str(arguments.data), "--out", str(arguments.out), "--images", str(arguments.images)]
+        common = ["--data", str(arguments.data), "--out", str(arguments.out), "--images", str(arguments.images),
+                  "--width", str(arguments.width)]
         with open(arguments.out / f"{'-'.join(job)}.txt", "w") as output:
             subprocess.run([sys.executable, __file__, *common, "--one", *job], check=True, stdout=output,
                            env=os.environ | {"OMP_NUM_THREADS": "1"})
