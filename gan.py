@@ -1433,38 +1433,44 @@ class Judge:
         return torch.cat([fake[chosen], fake[like[chosen]], self.faces[known].cpu()])
 
 
-def collapsed(judged: list[dict]) -> bool:
-    """Whether the faces have collapsed: in each of the last three judgements less than half of the best coverage until
-    then, or much more alike than they were at best (MS-SSIM 0.15 higher). Only what had covered 30 % of the real faces
-    can collapse: the blurs of a run's beginning are alike and cover nothing."""
-    began = next((i for i, line in enumerate(judged) if line["coverage"] >= 0.3), len(judged))
-    before, last = judged[began:-3], judged[-3:]
+def collapsed(judged: list[dict], last: int = 3) -> bool:
+    """Whether the faces have collapsed: in each of the last judgements less than half of the best coverage until then,
+    or much more alike than they were at best (MS-SSIM 0.15 higher). Only what had covered 30 % of the real faces can
+    collapse: the blurs of a run's beginning are alike and cover nothing."""
+    began = next((i for i, scores in enumerate(judged) if scores["coverage"] >= 0.3), len(judged))
+    before, now = judged[began:-last], judged[-last:]
     if not before:
         return False
-    return (all(line["coverage"] < max(old["coverage"] for old in before) / 2 for line in last)
-            or all(line["ms_ssim"] > min(old["ms_ssim"] for old in before) + 0.15 for line in last))
+    return (all(scores["coverage"] < max(old["coverage"] for old in before) / 2 for scores in now)
+            or all(scores["ms_ssim"] > min(old["ms_ssim"] for old in before) + 0.15 for scores in now))
 
 
 class Jury:
     """Judges a run while it trains: scores for its log, its best checkpoint, the alarm when faces collapse."""
 
-    def __init__(self, settings: TrainSettings, faces: Tensor, run: Path, device: torch.device):
+    def __init__(self, settings: TrainSettings, faces: Tensor, run: Path, device: torch.device, log: list[dict]):
         """UserError where the dataset holds too few faces to judge by."""
         self.run, self.judge = run, Judge(faces, load_faces(Path(settings.data), "held_out")[0], device)
         self.z = draw_latents(self.judge.count, settings.seed + 1)
+        self.judged = [line["scores"] for line in log if "scores" in line]
         self.best = math.inf
         with suppress(UserError, KeyError, TypeError):
             self.best = read_checkpoint(run / "best.pt")["scores"]["frechet"]
 
-    def consider(self, pair: Pair, line: dict, log: list[dict], writer: Writer) -> bool:
+    @property
+    def suspicious(self) -> bool:
+        """Whether the faces may be collapsing: then each epoch is judged, so that it is known within three."""
+        return collapsed(self.judged, 1) and not collapsed(self.judged)
+
+    def consider(self, pair: Pair, line: dict, writer: Writer) -> bool:
         """Add scores to an epoch's line of the log, and whether the faces have collapsed; say so when they do. Returns
         whether the scores are the best so far: those with the least Fréchet distance, because it alone rises with blur,
         with noise and with repetition (tests/test_judge.py); the others see one or two of these."""
         drawn = draw(pair.averaged, self.z)
         line["scores"] = self.judge.score(drawn)
-        judged = [old for old in [*log, line] if "scores" in old]
-        line["collapsed"] = collapsed([old["scores"] for old in judged])
-        if line["collapsed"] and not judged[-2]["collapsed"]:
+        self.judged.append(line["scores"])
+        line["collapsed"] = collapsed(self.judged)
+        if line["collapsed"] and not collapsed(self.judged[:-1]):
             path = self.run / f"collapse-{line['epoch']:05d}.png"
             writer.ask(write_grid, path, self.judge.most_similar(drawn))
             say(f"the faces have collapsed (epoch {line['epoch']}: coverage {line['scores']['coverage']:.2f}, similarity "
@@ -1853,7 +1859,7 @@ def train(settings: TrainSettings) -> int:
             f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
         jury = None
         try:
-            jury = Jury(settings, faces, run, device)
+            jury = Jury(settings, faces, run, device, log)
         except UserError as error:
             say(f"nothing is judged: {error}")
         if count < 500:
@@ -1898,8 +1904,8 @@ def train(settings: TrainSettings) -> int:
                     progress.epoch, progress.minibatch = progress.epoch + 1, 0
                     line, best = epoch_line(pair, stats, progress.seconds), False
                     progress.seconds = 0.0
-                    if jury and (due(settings.judge_every) or due(settings.keep_every)):
-                        best = jury.consider(pair, line, log, writer)
+                    if jury and (due(settings.judge_every) or due(settings.keep_every) or jury.suspicious):
+                        best = jury.consider(pair, line, writer)
                     log.append(line)
                     append_log(run, line)
                     bar.line(line)

@@ -226,15 +226,22 @@ def test_the_judge_judges_checkpoints_as_training_did(data, judged_run, tmp_path
 
 
 def test_collapse_is_told_shown_and_marked(data, tmp_path, monkeypatch, capsys):
-    """A line, a mark in the log and a picture, once; with --stop-on-collapse the run ends, saved, with exit code 3."""
-    monkeypatch.setattr(gan, "collapsed", lambda judged: len(judged) >= 2)
-    run = tmp_path / "run"
-    assert gan.train(settings(data, run)) == 0
-    assert [line["collapsed"] for line in gan.read_log(run) if "scores" in line] == [False, True, True, True]
-    assert [path.name for path in run.glob("collapse-*.png")] == ["collapse-00003.png"]
-    assert capsys.readouterr().out.count("the faces have collapsed") == 1
-    assert gan.train(settings(data, tmp_path / "stopped", stop_on_collapse=True)) == 3
-    assert gan.read_checkpoint(tmp_path / "stopped" / "last.pt")["progress"]["epoch"] == 3
+    """A line, a mark in the log and a picture, once; with --stop-on-collapse the run ends, saved, with exit code 3.
+    After the first bad judgement (epoch 3) each epoch is judged until it is known, also when the run is gone on with."""
+    monkeypatch.setattr(gan, "collapsed", lambda judged, last=3: len(judged) >= 1 + last)
+    run, told = tmp_path / "run", capsys.readouterr
+
+    def judged(run: Path) -> list[tuple[int, bool]]:
+        return [(line["epoch"], line["collapsed"]) for line in gan.read_log(run) if "scores" in line]
+    expected = [(2, False), (3, False), (4, False), (5, True), (6, True), (8, True)]
+    assert gan.train(settings(data, run, epochs=8, keep_every=100, judge_every=2)) == 0
+    assert judged(run) == [(2, False), (4, False), (5, False), (6, True), (8, True)]
+    assert [path.name for path in run.glob("collapse-*.png")] == ["collapse-00006.png"]
+    assert told().out.count("the faces have collapsed") == 1
+    assert gan.train(settings(data, tmp_path / "two", epochs=4)) == gan.train(settings(data, tmp_path / "two", epochs=8)) == 0
+    assert judged(tmp_path / "two") == expected
+    assert gan.train(settings(data, tmp_path / "stopped", epochs=8, stop_on_collapse=True)) == 3
+    assert gan.read_checkpoint(tmp_path / "stopped" / "last.pt")["progress"]["epoch"] == 5
 
 
 def test_the_most_similar_faces_are_found(faces, judge):
