@@ -213,13 +213,14 @@ def threshold(limit: float):
 # name: (settings of train, patches of gan.py)
 RECIPES = {
     "default": ({}, []),
-    "lr x2": ({}, [learning_rates(2)]),
-    "lr x4": ({}, [learning_rates(4)]),
-    "lr x4 decay": ({}, [decay(4, 100_000)]),
+    "learning rate 1e-4": ({}, [learning_rates(1 / 4)]),
+    "learning rate 2e-4": ({}, [learning_rates(1 / 2)]),
+    "decay": ({}, [decay(1, 100_000)]),
     "mirror": ({}, [mirror]),
     "1:1": ({"balance": 1}, []),
     "5:1": ({"balance": 5}, []),
     "smoothed": ({}, [balance(smoothed)]),
+    "threshold 0.6": ({}, [balance(threshold(0.6))]),
     "threshold 0.8": ({}, [balance(threshold(0.8))]),
     "augment": ({}, [augment]),
     "lazy penalty 4": ({}, [lazy_penalty(4)]),

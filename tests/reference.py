@@ -39,7 +39,7 @@ class Reference:
         self.model, self.g, self.d = model, generator(size, width), discriminator(model, size, width)
         make = {"DCGAN": lambda p: torch.optim.Adam(p, 2e-4, (0.5, 0.999)),
                 "WGAN": lambda p: torch.optim.RMSprop(p, 5e-5),
-                "WGAN-GP": lambda p: torch.optim.Adam(p, 1e-4, (0.0, 0.999))}[model]
+                "WGAN-GP": lambda p: torch.optim.Adam(p, 4e-4, (0.0, 0.999))}[model]
         self.optimizer_g, self.optimizer_d = make(self.g.parameters()), make(self.d.parameters())
         self.discriminator_left = 0
 
