@@ -67,7 +67,7 @@ MIN_FACE_PIXELS = 8  # a crop with a shorter side holds no face
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # none that starts other programs
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 DATASET_FORMAT = 1
 
 
@@ -124,8 +124,8 @@ def one_of(*choices: str | int) -> Callable[[str], str | int]:
 
 
 def balance_rule(text: str) -> str | int:
-    """Parse 'accuracy' or a fixed number of discriminator updates a generator update."""
-    return text.lower() if text.lower() == "accuracy" else between(1, 1000)(text)
+    """Parse 'accuracy', 'half' or a fixed number of discriminator updates a generator update."""
+    return text.lower() if text.lower() in ("accuracy", "half") else between(1, 1000)(text)
 
 
 def setting(default, help: str, parse: Callable = str, metavar: str | None = None, fixed: bool = False):
@@ -161,8 +161,9 @@ class TrainSettings:
     epochs: int = setting(3000, "passes over all faces", between(1, 10**7), "N")
     batch_size: int = setting(20, "faces in a minibatch", between(2, 10**5), "N", fixed=True)
     width: int = setting(64, "channels of the widest layers / 8", between(4, 512), "N", fixed=True)
-    balance: str | int = setting("accuracy", "'accuracy' (train the network that is behind) or discriminator "
-                                 "updates a generator update", balance_rule, "RULE")
+    balance: str | int = setting("accuracy", "'accuracy' (train the network that is behind), 'half' (the same as first "
+                                 "published here: see the README) or discriminator updates a generator update",
+                                 balance_rule, "RULE")
     learning_rate: float | None = setting(None, "of both networks (default: the papers' 2e-4 for DCGAN and 5e-5 for "
                                           "WGAN, 4e-4 for WGAN-GP)", between(1e-7, 1.0, float), "RATE")
     clip: float = setting(0.1, "WGAN: limit of a discriminator weight", between(1e-4, 100.0, float), "LIMIT")
@@ -804,6 +805,17 @@ class InstanceNorm(nn.Module):
         return factor * (gradient - spatial_mean(gradient) - normal * spatial_mean(gradient * normal))
 
 
+class Bias(nn.Module):
+    """Adds a learned number for each channel and place, (N, C, H, W) -> same."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias.to(x.dtype)
+
+
 class Generator(nn.Module):
     """Latent vectors (N, 128), standard normal, -> faces (N, 3, size, size) in [-1, 1]. Shapes for 80 and width 64."""
 
@@ -811,6 +823,7 @@ class Generator(nn.Module):
         super().__init__()
         base, channels = stage_channels(size, width)
         layers = [nn.ConvTranspose2d(LATENT_SIZE, channels[0], base, bias=False),  # (N, 512, 5, 5)
+                  Bias(channels[0], base, base),  # or z = 0 would be the same everywhere: no face, and few near it
                   nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
         for before, after in zip(channels, channels[1:]):  # (N, 256, 10, 10), (N, 128, 20, 20), (N, 64, 40, 40)
             layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
@@ -902,6 +915,7 @@ class Objective:
     Each adds learning_rate; optimizer(network), the paper's; discriminator_loss(real, fake) and generator_loss(fake), from scores
     (N,), (M,) of the discriminator to a scalar; accuracies(real, fake), from scores to both accuracies in [0, 1]."""
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d  # of the discriminator
+    enough = 0.9  # the accuracy below which the discriminator is behind
 
     def __init__(self, settings: TrainSettings):
         self.clip = settings.clip
@@ -988,13 +1002,14 @@ OBJECTIVES = {"DCGAN": DCGAN, "WGAN": WGAN, "WGAN-GP": WGANGP}
 class Balance:
     """Decides which network trains. Pure: accuracies in, 'discriminator' or 'generator' out.
 
-    Rule 'accuracy': where the generator's accuracy / 2 >= the discriminator's, the discriminator is behind and trains
-    on this minibatch and the next 4; otherwise the generator trains once. Rule N: N discriminator updates, then one
-    generator update."""
+    Rule 'accuracy': the discriminator is behind, and trains on this minibatch, where its accuracy is below `enough`;
+    otherwise the generator trains. Rule 'half', the first one: where the generator's accuracy / 2 >= the
+    discriminator's, the discriminator trains on this minibatch and the next 4; otherwise the generator trains once.
+    Rule N: N discriminator updates, then one generator update."""
     RUN_LENGTH = 5
 
-    def __init__(self, rule: str | int = "accuracy", discriminator_left: int | None = None):
-        self.rule = rule
+    def __init__(self, rule: str | int = "accuracy", enough: float = 0.9, discriminator_left: int | None = None):
+        self.rule, self.enough = rule, enough
         first = rule if isinstance(rule, int) else 0
         self.discriminator_left = first if discriminator_left is None else discriminator_left
 
@@ -1008,6 +1023,8 @@ class Balance:
         if self.discriminator_left > 0:
             self.discriminator_left -= 1
             return "discriminator"
+        if self.rule == "accuracy":
+            return "discriminator" if discriminator_accuracy < self.enough else "generator"
         if isinstance(self.rule, int):
             self.discriminator_left = self.rule
         elif generator_accuracy / 2 >= discriminator_accuracy:
@@ -1850,7 +1867,7 @@ def train(settings: TrainSettings) -> int:
         size, count, batch_size = faces.shape[-1], len(faces), min(settings.batch_size, len(faces))
         state = open_run(settings, run, size, batches)
         pair = Pair(settings, size, device)
-        balance = Balance(settings.balance)
+        balance = Balance(settings.balance, pair.objective.enough)
         minibatches = count // batch_size
         stats = torch.zeros(minibatches, len(COLUMNS), device=device)
         if state:

@@ -45,20 +45,6 @@ class Pair(gan.Pair):
                     average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
 
 
-def learning_rates(factor: float):
-    """Both learning rates times `factor`."""
-    def patch():
-        make = gan.WGANGP.optimizer
-
-        def optimizer(self, network):
-            made = make(self, network)
-            for group in made.param_groups:
-                group["lr"] *= factor
-            return made
-        gan.WGANGP.optimizer = optimizer
-    return patch
-
-
 def decay(factor: float, images: int):
     """Learning rates times `factor` until so many images were seen, then falling with the square root of their number."""
     def patch():
@@ -139,23 +125,9 @@ def normalised_z():
     gan.Generator.forward = lambda self, z: forward(self, z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8))
 
 
-class Biased(gan.Generator):
-    """Adds a learned face to what the first layer makes of z, so that z = 0 is something."""
-
-    def __init__(self, size: int, width: int):
-        super().__init__(size, width)
-        base, channels = gan.stage_channels(size, width)
-        self.bias = torch.nn.Parameter(torch.zeros(channels[0], base, base))
-
-    def forward(self, z):
-        return self.layers[1:](self.layers[0](z[:, :, None, None]) + self.bias)
-
-
-Biased.__name__ = "Generator"  # the seed of the weights depends on it
-
-
-def bias():
-    gan.Generator = Biased
+def no_bias():
+    """DCGAN's generator, whose first layer makes nothing of z = 0."""
+    gan.Bias = lambda *shape: torch.nn.Identity()
 
 
 def short_z(share: float):
@@ -213,21 +185,34 @@ def threshold(limit: float):
 # name: (settings of train, patches of gan.py)
 RECIPES = {
     "default": ({}, []),
-    "learning rate 1e-4": ({}, [learning_rates(1 / 4)]),
-    "learning rate 2e-4": ({}, [learning_rates(1 / 2)]),
+    "plain": ({"learning_rate": 1e-4, "balance": "half"}, [no_bias]),
+    "learning rate 1e-4": ({"learning_rate": 1e-4}, []),
+    "learning rate 2e-4": ({"learning_rate": 2e-4}, []),
     "decay": ({}, [decay(1, 100_000)]),
     "mirror": ({}, [mirror]),
     "1:1": ({"balance": 1}, []),
     "5:1": ({"balance": 5}, []),
     "smoothed": ({}, [balance(smoothed)]),
+    "half": ({"balance": "half"}, []),
     "threshold 0.6": ({}, [balance(threshold(0.6))]),
     "threshold 0.8": ({}, [balance(threshold(0.8))]),
+    "threshold 0.95": ({}, [balance(threshold(0.95))]),
+    "2:1": ({"balance": 2}, []),
     "augment": ({}, [augment]),
     "lazy penalty 4": ({}, [lazy_penalty(4)]),
     "normalised z": ({}, [normalised_z]),
-    "bias": ({}, [bias]),
-    "bias + short z": ({}, [bias, short_z(0.25)]),
-    "R3GAN": ({}, [r3gan(1.0)]),
+    "no bias": ({}, [no_bias]),
+    "short z": ({}, [short_z(0.25)]),
+    "R3GAN": ({"balance": 1}, [r3gan(1.0)]),
+    "R3GAN gamma 0.1": ({"balance": 1}, [r3gan(0.1)]),
+    "DCGAN": ({"model": "DCGAN"}, []),
+    "DCGAN 1:1": ({"model": "DCGAN", "balance": 1}, []),
+    "DCGAN threshold 0.7": ({"model": "DCGAN"}, [balance(threshold(0.7))]),
+    "DCGAN threshold 0.8": ({"model": "DCGAN"}, [balance(threshold(0.8))]),
+    "DCGAN half": ({"model": "DCGAN", "balance": "half"}, []),
+    "WGAN": ({"model": "WGAN"}, []),
+    "WGAN 1:1": ({"model": "WGAN", "balance": 1}, []),
+    "WGAN half": ({"model": "WGAN", "balance": "half"}, []),
 }
 
 
@@ -258,7 +243,7 @@ def run_one(data: Path, out: Path, recipe: str, seed: int, images: int, width: i
            "discriminator_share": mean(line["discriminator_share"] for line in log),
            "judged": {line["epoch"]: line["scores"]["frechet"] for line in log if "scores" in line},
            "seconds": sum(line["seconds"] for line in log), "scores": scores}
-    gan.atomic_write(folder.with_suffix(".json"), json.dumps(row, indent=1).encode())
+    gan.atomic_write(Path(f"{folder}.json"), json.dumps(row, indent=1).encode())
     for path in folder.glob("*.pt"):
         if path.name != "last.pt":
             path.unlink()

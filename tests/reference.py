@@ -13,9 +13,19 @@ def stages(size: int, width: int) -> tuple[int, list[int]]:
     return base, [min(8 * width, width * 2 ** n) for n in range(doublings)][::-1]
 
 
+class Plus(nn.Module):
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.summand = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x):
+        return x + self.summand
+
+
 def generator(size: int = 80, width: int = 64) -> nn.Sequential:
     base, channels = stages(size, width)
-    layers = [nn.Unflatten(1, (128, 1, 1)), nn.ConvTranspose2d(128, channels[0], base, bias=False)]
+    layers = [nn.Unflatten(1, (128, 1, 1)), nn.ConvTranspose2d(128, channels[0], base, bias=False),
+              Plus(channels[0], base, base)]
     for before, after in zip(channels, channels[1:] + [3]):
         layers += [nn.BatchNorm2d(before), nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)]
     return nn.Sequential(*layers, nn.Tanh())
@@ -86,10 +96,13 @@ class Reference:
         self.optimizer_g.step()
         return loss.detach()
 
-    def train_on(self, real, z, draw_mix) -> str:
-        """One minibatch under the accuracy balance; `draw_mix()` gives mixing weights, if any are needed."""
+    def train_on(self, real, z, draw_mix, enough: float | None = None) -> str:
+        """One minibatch, balanced by accuracy: by the first rule, or by the one that has the discriminator train while
+        its accuracy is below `enough`. `draw_mix()` gives mixing weights, if any are needed."""
         discriminator_accuracy, generator_accuracy = self.accuracies(self.d(real), self.d(self.g(z)))
-        if self.discriminator_left == 0 and generator_accuracy / 2 >= discriminator_accuracy:
+        if enough is not None:
+            self.discriminator_left = int(discriminator_accuracy < enough)
+        elif self.discriminator_left == 0 and generator_accuracy / 2 >= discriminator_accuracy:
             self.discriminator_left = 5
         if self.discriminator_left == 0:
             self.update_generator(z)

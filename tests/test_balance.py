@@ -6,16 +6,24 @@ import gan
 D, G = "discriminator", "generator"
 
 
+@pytest.mark.parametrize(("discriminator", "turn"), [(0.0, D), (0.79, D), (0.8, G), (1.0, G)])
+@pytest.mark.parametrize("generator", [0.0, 1.0])
+def test_the_discriminator_trains_until_it_is_right_often_enough(discriminator, generator, turn):
+    """Below `enough` it is behind, a minibatch at a time; what the generator reaches does not matter."""
+    balance = gan.Balance("accuracy", 0.8)
+    assert [balance.choose(discriminator, generator) for _ in range(2)] == [turn, turn] and not balance.decided
+
+
 @pytest.mark.parametrize(("discriminator", "generator", "turn"), [
     (0.9, 0.1, G), (0.5, 0.99, G), (0.5, 1.0, D), (0.2, 0.4, D), (0.2, 0.39, G), (0.0, 0.0, D), (1.0, 1.0, G)])
-def test_the_network_that_is_behind_trains(discriminator, generator, turn):
+def test_by_the_first_rule_the_network_that_is_behind_trains(discriminator, generator, turn):
     """The discriminator where generator / 2 >= discriminator, equality included."""
-    assert gan.Balance().choose(discriminator, generator) == turn
+    assert gan.Balance("half").choose(discriminator, generator) == turn
 
 
 def test_a_run_of_discriminator_updates_is_five_long():
     """Once behind it trains on this minibatch and the next 4, whatever is measured on those; then it is asked anew."""
-    balance = gan.Balance()
+    balance = gan.Balance("half")
     assert not balance.decided
     turns = [balance.choose(0.0, 1.0)]
     for _ in range(4):
@@ -33,7 +41,7 @@ def test_a_fixed_rule_ignores_accuracies(updates):
     assert turns == ([D] * updates + [G]) * 3
 
 
-@pytest.mark.parametrize("rule", ["accuracy", 3])
+@pytest.mark.parametrize("rule", ["accuracy", "half", 3])
 @pytest.mark.parametrize("before", range(8))
 def test_going_on_from_a_saved_state_changes_nothing(rule, before):
     """Wherever the state is saved and restored, the decisions are those of an unbroken run."""
@@ -41,5 +49,5 @@ def test_going_on_from_a_saved_state_changes_nothing(rule, before):
     whole, first = gan.Balance(rule), gan.Balance(rule)
     expected = [whole.choose(*pair) for pair in measured]
     turns = [first.choose(*pair) for pair in measured[:before]]
-    second = gan.Balance(rule, first.discriminator_left)
+    second = gan.Balance(rule, discriminator_left=first.discriminator_left)
     assert turns + [second.choose(*pair) for pair in measured[before:]] == expected

@@ -44,11 +44,20 @@ def test_channels_are_capped_at_eight_widths():
 @pytest.mark.parametrize(("model", "norm"), [("DCGAN", torch.nn.BatchNorm2d), ("WGAN", torch.nn.BatchNorm2d),
                                              ("WGAN-GP", gan.InstanceNorm)])
 def test_weights_are_those_of_the_plain_networks(model, norm):
-    """Same number of layers and weights as the plain reference; no biases but the norms', no norm on the first layer."""
+    """Same number of layers and weights as the plain reference; no biases but the norms' and that of places, no norm on the first layer."""
     assert gan.OBJECTIVES[model].norm is norm
     for ours, plain in ((gan.Generator(80, 8), reference.generator(80, 8)),
                         (gan.Discriminator(80, 8, norm), reference.discriminator(model, 80, 8))):
         assert [p.shape for p in ours.parameters()] == [p.shape for p in plain.parameters()]
+
+
+def test_a_face_can_be_learned_at_zero():
+    """DCGAN's first layer makes the same of z = 0 at all places, whatever its weights; with the bias of places not."""
+    network, z = gan.Generator(80, 8).eval(), torch.zeros(1, gan.LATENT_SIZE)
+    with torch.no_grad():
+        assert network.layers[:3](z[:, :, None, None]).std((2, 3)).max() == 0
+        network.layers[1].bias.normal_()
+        assert network.layers[:3](z[:, :, None, None]).std((2, 3)).min() > 0.1
 
 
 def test_instance_norm_equals_the_librarys():

@@ -12,7 +12,7 @@ import torch
 
 import gan
 
-STATE = {"version": 1, "settings": {"width": 4}, "progress": {"images_seen": 10, "epoch": 1}, "weights": torch.arange(500.0)}
+STATE = {"version": gan.CHECKPOINT_FORMAT, "settings": {"width": 4}, "progress": {"images_seen": 10, "epoch": 1}, "weights": torch.arange(500.0)}
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_foreign_or_malicious_file_is_refused_and_not_executed(tmp_path, monke
     """Even one whose checksum was made right: the safe loader executes nothing."""
     monkeypatch.chdir(tmp_path)
     path, buffer = tmp_path / "last.pt", io.BytesIO()
-    torch.save({"version": 1, "evil": Malicious()}, buffer)
+    torch.save({"version": gan.CHECKPOINT_FORMAT, "evil": Malicious()}, buffer)
     path.write_bytes({"pickle": pickle.dumps(Malicious()), "torch": buffer.getvalue(), "text": b"hello",
                       "signed": with_valid_checksum(buffer.getvalue()), "zip": b"PK\x05\x06" + bytes(18)}[payload])
     with pytest.raises(gan.UserError, match="last.pt"):
@@ -75,7 +75,7 @@ def test_a_foreign_or_malicious_file_is_refused_and_not_executed(tmp_path, monke
 def test_another_format_is_named(tmp_path):
     """A checkpoint of a later gan.py says which format it has."""
     gan.write_checkpoint(tmp_path / "last.pt", STATE | {"version": 99})
-    with pytest.raises(gan.UserError, match="format 99, this gan.py reads 1"):
+    with pytest.raises(gan.UserError, match=f"format 99, this gan.py reads {gan.CHECKPOINT_FORMAT}"):
         gan.read_checkpoint(tmp_path / "last.pt")
 
 

@@ -141,20 +141,24 @@ def test_the_writer_keeps_order_and_tells_failures():
 
 
 @pytest.mark.parametrize("precision", [torch.float64], indirect=True)
+@pytest.mark.parametrize("rule", ["accuracy", "half"])
 @pytest.mark.parametrize("model", MODELS)
-def test_the_balanced_loop_takes_the_references_turns(model, precision):
+def test_the_balanced_loop_takes_the_references_turns(model, precision, rule):
     """Twelve minibatches: the same decisions, and weights that stay together."""
     pair = gan.Pair(settings("", "", model=model, width=8), 32, CPU)
     plain = reference.Reference(model, 32, 8)
     plain.copy_weights(pair.generator, pair.discriminator)
     draws, faces = torch.Generator(), torch.Generator().manual_seed(2)
     draws.set_state(pair.random.get_state())
-    balance = gan.Balance()
+    balance, turns = gan.Balance(rule, 0.6), set()
     for _ in range(12):
         real = torch.rand(20, 3, 32, 32, generator=faces) * 2 - 1
         row = pair.train_on(real, balance)
-        turn = plain.train_on(real, torch.randn(20, 128, generator=draws), lambda: torch.rand(20, generator=draws))
+        turn = plain.train_on(real, torch.randn(20, 128, generator=draws), lambda: torch.rand(20, generator=draws),
+                              None if rule == "half" else 0.6)
         assert bool(row[-1]) == (turn == "discriminator")
+        turns.add(turn)
+    assert rule == "half" or len(turns) == 2
     for ours, theirs in zip(pair.discriminator.parameters(), plain.d.parameters(), strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
@@ -212,7 +216,7 @@ def test_recorded_steps_do_what_plain_ones_do(model, precision):
             for tensor, value in zip(memory, before, strict=True):  # a CPU cannot record without running
                 tensor.copy_(value)
         if minibatch == 8:
-            balances = [gan.Balance(), gan.Balance()]
+            balances = [gan.Balance("half"), gan.Balance("half")]
         rows = [pair.train_on(real, balance) for pair, balance in zip((plain, recorded), balances, strict=True)]
         assert same(*rows)
     assert recorder.replayed == set(recorded.steps)
