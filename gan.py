@@ -916,6 +916,7 @@ class Objective:
     (N,), (M,) of the discriminator to a scalar; accuracies(real, fake), from scores to both accuracies in [0, 1]."""
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d  # of the discriminator
     enough = 0.9  # the accuracy below which the discriminator is behind
+    afterwards = 0  # discriminator updates after each of the generator's, whatever the accuracy
 
     def __init__(self, settings: TrainSettings):
         self.clip = settings.clip
@@ -954,6 +955,7 @@ class DCGAN(Objective):
 class WGAN(Objective):
     """Wasserstein GAN with clipped weights (arXiv 1701.07875)."""
     learning_rate = 5e-5
+    afterwards = 1  # a critic cannot be too good: what it teaches gets better (the README's table)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.RMSprop(network.parameters(), self.learning_rate, capturable=on_gpu(network))
@@ -1003,13 +1005,14 @@ class Balance:
     """Decides which network trains. Pure: accuracies in, 'discriminator' or 'generator' out.
 
     Rule 'accuracy': the discriminator is behind, and trains on this minibatch, where its accuracy is below `enough`;
-    otherwise the generator trains. Rule 'half', the first one: where the generator's accuracy / 2 >= the
-    discriminator's, the discriminator trains on this minibatch and the next 4; otherwise the generator trains once.
-    Rule N: N discriminator updates, then one generator update."""
+    otherwise the generator trains, and after it the discriminator `afterwards` times. Rule 'half', the first one: where the generator's
+    accuracy / 2 >= the discriminator's, the discriminator trains on this minibatch and the next 4; otherwise the
+    generator trains once. Rule N: N discriminator updates, then one generator update."""
     RUN_LENGTH = 5
 
-    def __init__(self, rule: str | int = "accuracy", enough: float = 0.9, discriminator_left: int | None = None):
-        self.rule, self.enough = rule, enough
+    def __init__(self, rule: str | int = "accuracy", enough: float = 0.9, afterwards: int = 0,
+                 discriminator_left: int | None = None):
+        self.rule, self.enough, self.afterwards = rule, enough, afterwards
         first = rule if isinstance(rule, int) else 0
         self.discriminator_left = first if discriminator_left is None else discriminator_left
 
@@ -1024,8 +1027,10 @@ class Balance:
             self.discriminator_left -= 1
             return "discriminator"
         if self.rule == "accuracy":
-            return "discriminator" if discriminator_accuracy < self.enough else "generator"
-        if isinstance(self.rule, int):
+            if discriminator_accuracy < self.enough:
+                return "discriminator"
+            self.discriminator_left = self.afterwards
+        elif isinstance(self.rule, int):
             self.discriminator_left = self.rule
         elif generator_accuracy / 2 >= discriminator_accuracy:
             self.discriminator_left = self.RUN_LENGTH - 1
@@ -1867,7 +1872,7 @@ def train(settings: TrainSettings) -> int:
         size, count, batch_size = faces.shape[-1], len(faces), min(settings.batch_size, len(faces))
         state = open_run(settings, run, size, batches)
         pair = Pair(settings, size, device)
-        balance = Balance(settings.balance, pair.objective.enough)
+        balance = Balance(settings.balance, pair.objective.enough, pair.objective.afterwards)
         minibatches = count // batch_size
         stats = torch.zeros(minibatches, len(COLUMNS), device=device)
         if state:

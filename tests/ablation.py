@@ -1,4 +1,4 @@
-"""What each recipe is worth:  python tests/ablation.py --data data --out ablation [--recipes plain,mirror] [--images 60000]
+"""What each recipe is worth:  python tests/ablation.py --data data --out ablation [--recipes "plain;1:1"] [--images 60000]
 
 Trains WGAN-GP with each recipe and seed for the same number of images, as many runs at a time as there are cores, one
 core each, and judges 1,000 faces of the last weights and of weights averaged in several ways against the held-out ones.
@@ -45,16 +45,16 @@ class Pair(gan.Pair):
                     average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
 
 
-def decay(factor: float, images: int):
-    """Learning rates times `factor` until so many images were seen, then falling with the square root of their number."""
+def decay(images: int):
+    """Learning rates fall with the square root of the images seen, from so many on."""
     def patch():
         train_on = Pair.train_on
 
         def decaying(self, real, balance):
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
-                    rate = group.setdefault("first_rate", group["lr"])
-                    group["lr"] = rate * factor * min(1, (images / max(1, self.progress.images_seen)) ** 0.5)
+                    first = group.setdefault("first_rate", group["lr"])
+                    group["lr"] = first * min(1, (images / max(1, self.progress.images_seen)) ** 0.5)
             return train_on(self, real, balance)
         Pair.train_on = decaying
     return patch
@@ -182,49 +182,47 @@ def threshold(limit: float):
     return lambda self, discriminator_accuracy, _: "discriminator" if discriminator_accuracy < limit else "generator"
 
 
+FIRST = {"balance": "half"}  # the rule before a threshold; most recipes were measured with it
 # name: (settings of train, patches of gan.py)
 RECIPES = {
     "default": ({}, []),
-    "plain": ({"learning_rate": 1e-4, "balance": "half"}, [no_bias]),
-    "learning rate 1e-4": ({"learning_rate": 1e-4}, []),
-    "learning rate 2e-4": ({"learning_rate": 2e-4}, []),
-    "decay": ({}, [decay(1, 100_000)]),
-    "mirror": ({}, [mirror]),
+    "plain": (FIRST | {"learning_rate": 1e-4}, [no_bias]),
+    "half": (FIRST, [no_bias]),
     "1:1": ({"balance": 1}, []),
+    "2:1": ({"balance": 2}, []),
     "5:1": ({"balance": 5}, []),
-    "smoothed": ({}, [balance(smoothed)]),
-    "half": ({"balance": "half"}, []),
     "threshold 0.6": ({}, [balance(threshold(0.6))]),
     "threshold 0.8": ({}, [balance(threshold(0.8))]),
+    "threshold 0.9": ({}, [balance(threshold(0.9))]),
     "threshold 0.95": ({}, [balance(threshold(0.95))]),
-    "2:1": ({"balance": 2}, []),
-    "augment": ({}, [augment]),
-    "lazy penalty 4": ({}, [lazy_penalty(4)]),
-    "normalised z": ({}, [normalised_z]),
-    "no bias": ({}, [no_bias]),
-    "short z": ({}, [short_z(0.25)]),
-    "R3GAN": ({"balance": 1}, [r3gan(1.0)]),
-    "R3GAN gamma 0.1": ({"balance": 1}, [r3gan(0.1)]),
+    "half, smoothed": ({}, [no_bias, balance(smoothed)]),
+    "half, bias": (FIRST, []),
+    "half, bias, short z": (FIRST, [short_z(0.25)]),
+    "half, normalised z": (FIRST, [no_bias, normalised_z]),
+    "half, mirrored": (FIRST, [no_bias, mirror]),
+    "half, augmented": (FIRST, [no_bias, augment]),
+    "half, lazy penalty": (FIRST, [no_bias, lazy_penalty(4)]),
+    "decay": ({}, [decay(100_000)]),
+    "R3GAN": ({"balance": 1}, [no_bias, r3gan(1.0)]),
+    "R3GAN, gamma 0.1": ({"balance": 1}, [no_bias, r3gan(0.1)]),
     "DCGAN": ({"model": "DCGAN"}, []),
+    "DCGAN half": ({"model": "DCGAN"} | FIRST, []),
     "DCGAN 1:1": ({"model": "DCGAN", "balance": 1}, []),
-    "DCGAN threshold 0.7": ({"model": "DCGAN"}, [balance(threshold(0.7))]),
-    "DCGAN threshold 0.8": ({"model": "DCGAN"}, [balance(threshold(0.8))]),
-    "DCGAN half": ({"model": "DCGAN", "balance": "half"}, []),
     "WGAN": ({"model": "WGAN"}, []),
+    "WGAN half": ({"model": "WGAN"} | FIRST, []),
     "WGAN 1:1": ({"model": "WGAN", "balance": 1}, []),
-    "WGAN half": ({"model": "WGAN", "balance": "half"}, []),
+    "WGAN threshold 0.9": ({"model": "WGAN"}, [balance(threshold(0.9))]),
 }
 
 
-def run_one(data: Path, out: Path, recipe: str, seed: int, images: int, width: int) -> None:
-    """Train and judge one run, in this process; write its scores to a file of its own."""
+def run_one(data: Path, folder: Path, recipe: str, seed: int, images: int, width: int) -> None:
+    """Train and judge one run, in this process; write its scores to FOLDER.json."""
     settings, patches = RECIPES[recipe]
     gan.Pair = Pair
     for patch in patches:
         patch()
     faces, held_out = gan.load_faces(data)[0], gan.load_faces(data, "held_out")[0]
     epochs = max(1, round(images / len(faces)))
-    folder = out / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', recipe)}-{len(faces)}-{images}-{seed}"
     if gan.train(gan.TrainSettings(data=str(data), run=str(folder), seed=seed, epochs=epochs, device="cpu", sample_every=10,
                                    judge_every=20, save_every=20, keep_every=10**6, width=width, **settings)):
         raise SystemExit("stopped")
@@ -270,25 +268,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="a dataset with held-out faces")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and scores")
-    parser.add_argument("--recipes", default=",".join(RECIPES), help="names, with commas between them")
+    parser.add_argument("--recipes", default=";".join(RECIPES), help="names, with semicolons between them")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--one", nargs=2, metavar=("RECIPE", "SEED"), help=argparse.SUPPRESS)  # the process of one run
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.one:
         return run_one(arguments.data, arguments.out, arguments.one[0], int(arguments.one[1]), arguments.images,
                        arguments.width)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    count = gan.read_manifest(arguments.data)["count"]
 
     def start(job: tuple[str, str]) -> None:
-        common = ["--data", str(arguments.data), "--out", str(arguments.out), "--images", str(arguments.images),
+        folder = arguments.out / re.sub(r"[^a-zA-Z0-9.]+", "-", f"{job[0]}-{count}-{arguments.images}-{job[1]}")
+        if Path(f"{folder}.json").exists():
+            return
+        common = ["--data", str(arguments.data), "--out", str(folder), "--images", str(arguments.images),
                   "--width", str(arguments.width)]
-        with open(arguments.out / f"{'-'.join(job)}.txt", "w") as output:
+        with open(f"{folder}.txt", "w") as output:
             subprocess.run([sys.executable, __file__, *common, "--one", *job], check=True, stdout=output,
                            env=os.environ | {"OMP_NUM_THREADS": "1"})
     with ThreadPoolExecutor(gan.usable_cores()) as pool:
-        list(pool.map(start, [(recipe, seed) for recipe in arguments.recipes.split(",")
+        list(pool.map(start, [(recipe, seed) for recipe in arguments.recipes.split(";")
                               for seed in arguments.seeds.split(",")]))
     table(arguments.out)
 

@@ -14,6 +14,14 @@ def test_the_discriminator_trains_until_it_is_right_often_enough(discriminator, 
     assert [balance.choose(discriminator, generator) for _ in range(2)] == [turn, turn] and not balance.decided
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_critic_also_trains_after_each_generator_update(updates):
+    """So many times, whatever is measured; the caller need not measure."""
+    balance = gan.Balance("accuracy", 0.8, updates)
+    assert [balance.choose(a, 0.0) for a in (0.7, 0.7, 0.9)] == [D, D, G] and balance.decided
+    assert [balance.choose(1.0, 0.0) for _ in range(updates + 1)] == [D] * updates + [G]
+
+
 @pytest.mark.parametrize(("discriminator", "generator", "turn"), [
     (0.9, 0.1, G), (0.5, 0.99, G), (0.5, 1.0, D), (0.2, 0.4, D), (0.2, 0.39, G), (0.0, 0.0, D), (1.0, 1.0, G)])
 def test_by_the_first_rule_the_network_that_is_behind_trains(discriminator, generator, turn):
@@ -41,13 +49,13 @@ def test_a_fixed_rule_ignores_accuracies(updates):
     assert turns == ([D] * updates + [G]) * 3
 
 
-@pytest.mark.parametrize("rule", ["accuracy", "half", 3])
+@pytest.mark.parametrize("arguments", [("accuracy",), ("accuracy", 0.8, 2), ("half",), (3,)])
 @pytest.mark.parametrize("before", range(8))
-def test_going_on_from_a_saved_state_changes_nothing(rule, before):
+def test_going_on_from_a_saved_state_changes_nothing(arguments, before):
     """Wherever the state is saved and restored, the decisions are those of an unbroken run."""
     measured = [(0.9, 0.1), (0.1, 0.9), (0.9, 0.1), (0.2, 0.8), (0.9, 0.1), (0.9, 0.1), (0.9, 0.1), (0.1, 0.3), (0.9, 0.2)]
-    whole, first = gan.Balance(rule), gan.Balance(rule)
+    whole, first = gan.Balance(*arguments), gan.Balance(*arguments)
     expected = [whole.choose(*pair) for pair in measured]
     turns = [first.choose(*pair) for pair in measured[:before]]
-    second = gan.Balance(rule, discriminator_left=first.discriminator_left)
+    second = gan.Balance(*arguments, discriminator_left=first.discriminator_left)
     assert turns + [second.choose(*pair) for pair in measured[before:]] == expected
