@@ -161,8 +161,8 @@ class TrainSettings:
     epochs: int = setting(3000, "passes over all faces", between(1, 10**7), "N")
     batch_size: int = setting(20, "faces in a minibatch", between(2, 10**5), "N", fixed=True)
     width: int = setting(64, "channels of the widest layers / 8", between(4, 512), "N", fixed=True)
-    balance: str | int = setting("accuracy", "'accuracy' (train the network that is behind), 'half' (the same as first "
-                                 "published here: see the README) or discriminator updates a generator update",
+    balance: str | int = setting("accuracy", "'accuracy' (train the network that is behind), 'half' (the first "
+                                 "rule: see the README) or discriminator updates a generator update",
                                  balance_rule, "RULE")
     learning_rate: float | None = setting(None, "of both networks (default: the papers' 2e-4 for DCGAN and 5e-5 for "
                                           "WGAN, 4e-4 for WGAN-GP)", between(1e-7, 1.0, float), "RATE")
@@ -1982,7 +1982,7 @@ def draw(generator: nn.Module, z: Tensor, chunk: int = 100) -> Tensor:
 def draw_latents(count: int, seed: int, min_abs: float = 0.0) -> Tensor:
     """Latent vectors (count, 128), standard normal; with min_abs, given that no number is nearer to 0 than that.
 
-    Vectors with many numbers near 0 draw malformed faces: in training a vector's length is near sqrt(128)."""
+    Vectors with many numbers near 0 draw pale faces: in training a vector's length is near sqrt(128)."""
     random = torch.Generator().manual_seed(seed)
     if min_abs == 0:
         return torch.randn(count, LATENT_SIZE, generator=random)

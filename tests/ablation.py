@@ -202,6 +202,8 @@ RECIPES = {
     "half, mirrored": (FIRST, [no_bias, mirror]),
     "half, augmented": (FIRST, [no_bias, augment]),
     "half, lazy penalty": (FIRST, [no_bias, lazy_penalty(4)]),
+    "mirrored": ({}, [mirror]),
+    "augmented": ({}, [augment]),
     "decay": ({}, [decay(100_000)]),
     "R3GAN": ({"balance": 1}, [no_bias, r3gan(1.0)]),
     "R3GAN, gamma 0.1": ({"balance": 1}, [no_bias, r3gan(0.1)]),

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import gan  # noqa: E402
 
-TURNS = ["discriminator"] + 5 * ["discriminator", "generator"]  # 55 % discriminator updates, as real runs have
+TURNS = ["discriminator"] + 5 * ["generator", "discriminator"]  # 55 % discriminator updates, as real runs of critics
 
 
 def alternate(sides: dict, rounds: int) -> dict[str, list[float]]:
@@ -62,7 +62,11 @@ def summary(seconds: dict[str, list[float]], items: int, unit: str) -> dict:
 
 class Scripted:
     """A balance that measures like any other but takes the turns of TURNS."""
-    taken, decided = 0, False
+    taken = 0
+
+    @property
+    def decided(self) -> bool:
+        return self.taken % len(TURNS) in range(2, len(TURNS), 2)
 
     def choose(self, *accuracies) -> str:
         self.taken += 1
