@@ -12,8 +12,8 @@
 The file is laid out in the order in which a face travels through it: settings, faces on disk, networks,
 objectives, balance, run directory, judge, training, drawing, server, command line.
 
-Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 12 s on two CPU cores (AMD EPYC with bf16, torch 2.13;
-11.2 to 12.9 s); faces are recognisable after 15 epochs at the latest (two seeds). The README has the pictures.
+Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 14 s on two CPU cores (AMD EPYC with bf16, torch 2.13;
+12.4 to 17.2 s); faces are recognisable after 11 epochs. The README has the pictures.
 """
 from __future__ import annotations
 
@@ -176,7 +176,8 @@ class TrainSettings:
     sample_every: int = setting(1, "epochs between sample grids", between(1, 10**7), "EPOCHS")
     save_every: int = setting(10, "epochs between checkpoints", between(1, 10**7), "EPOCHS")
     keep_every: int = setting(100, "epochs between checkpoints that are kept", between(1, 10**7), "EPOCHS")
-    judge_every: int = setting(10, "epochs between judgements; kept checkpoints are judged too", between(1, 10**7), "EPOCHS")
+    judge_every: int = setting(10, "epochs between judgements; kept checkpoints are judged too", between(1, 10**7),
+                               "EPOCHS")
     stop_on_collapse: bool = setting(False, "end the run (exit code 3) when the faces collapse")
 
 
@@ -912,8 +913,8 @@ def on_gpu(network: nn.Module) -> bool:
 class Objective:
     """What one GAN asks of the training loop.
 
-    Each adds learning_rate; optimizer(network), the paper's; discriminator_loss(real, fake) and generator_loss(fake), from scores
-    (N,), (M,) of the discriminator to a scalar; accuracies(real, fake), from scores to both accuracies in [0, 1]."""
+    Each adds learning_rate; optimizer(network), the paper's; discriminator_loss(real, fake) and generator_loss(fake),
+    from scores (N,), (M,) of the discriminator to a scalar; accuracies(real, fake), from scores to both in [0, 1]."""
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d  # of the discriminator
     enough = 0.9  # the accuracy below which the discriminator is behind
     afterwards = 0  # discriminator updates after each of the generator's, whatever the accuracy
@@ -1005,9 +1006,9 @@ class Balance:
     """Decides which network trains. Pure: accuracies in, 'discriminator' or 'generator' out.
 
     Rule 'accuracy': the discriminator is behind, and trains on this minibatch, where its accuracy is below `enough`;
-    otherwise the generator trains, and after it the discriminator `afterwards` times. Rule 'half', the first one: where the generator's
-    accuracy / 2 >= the discriminator's, the discriminator trains on this minibatch and the next 4; otherwise the
-    generator trains once. Rule N: N discriminator updates, then one generator update."""
+    otherwise the generator trains, and after it the discriminator `afterwards` times. Rule 'half', the first one: where
+    the generator's accuracy / 2 >= the discriminator's, the discriminator trains on this minibatch and the next 4;
+    otherwise the generator trains once. Rule N: N discriminator updates, then one generator update."""
     RUN_LENGTH = 5
 
     def __init__(self, rule: str | int = "accuracy", enough: float = 0.9, afterwards: int = 0,
@@ -1337,7 +1338,7 @@ def neighbourhoods(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[str,
 
 
 def laplacian_pyramid(images: Tensor) -> list[Tensor]:
-    """uint8 images (N, 3, S, S) -> their details at S, S/2, … down to 16 pixels or more, the last with all that is left."""
+    """uint8 images (N, 3, S, S) -> their details at S, S/2, … down to 16 pixels or more, the last with all the rest."""
     binomial = torch.tensor([1.0, 4, 6, 4, 1], device=images.device) / 16
     kernel = (binomial[:, None] * binomial).expand(3, 1, 5, 5)
 
@@ -1415,7 +1416,8 @@ def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
 def similarity(images: Tensor) -> float:
     """Mean MS-SSIM of up to 250 pairs of images: near 1 where all are alike."""
     half = min(250, len(images) // 2)
-    return torch.cat([ms_ssim(a, b) for a, b in zip(images[:half].split(50), images[half:2 * half].split(50))]).mean().item()
+    pairs = zip(images[:half].split(50), images[half:2 * half].split(50))
+    return torch.cat([ms_ssim(a, b) for a, b in pairs]).mean().item()
 
 
 class Judge:
@@ -1427,7 +1429,7 @@ class Judge:
         self.count, self.device = min(JUDGED_FACES, len(held_out)), device
         if self.count < LEAST_JUDGED:
             raise UserError(f"{len(held_out)} held-out faces are too few to judge by: at least {LEAST_JUDGED} are needed, "
-                            "of persons that are not in the training set (see prepare's --limit)")
+                            "which prepare sets apart from 500 photos or what --limit leaves over")
         real, self.faces = held_out[:self.count].to(device), faces[:2 * JUDGED_FACES]
         self.space = FeatureSpace(self.faces.to(device))
         self.real, self.training = self.space(real), self.space(self.faces.to(device))
@@ -1516,7 +1518,8 @@ def judge(settings: JudgeSettings) -> int:
     """Judge checkpoints of a run and print a line each. Returns the exit code."""
     run, device = find_run(settings.run), pick_device(settings.device)
     if settings.checkpoint == "all":
-        paths = list(kept_checkpoints(run).values()) + [path for path in (run / "best.pt", run / "last.pt") if path.exists()]
+        paths = [*kept_checkpoints(run).values(), run / "best.pt", run / "last.pt"]
+        paths = [path for path in paths if path.exists()]
     else:
         paths = [find_checkpoint(run, settings.checkpoint)]
     jury, lines = None, []
@@ -1543,9 +1546,8 @@ def judge(settings: JudgeSettings) -> int:
 
 COLUMNS = ("discriminator_accuracy", "generator_accuracy", "discriminator_loss", "generator_loss", "gradient_penalty",
            "discriminator_share")  # what each minibatch measures
-AVERAGE_HALF_LIFE_IMAGES = 10_000  # of the averaged generator, shorter in the beginning of a run
+AVERAGE_HALF_LIFE = 0.05  # of the averaged generator, as a share of the images seen: it forgets the beginning of a run
 COLLAPSED = 3  # the exit code of --stop-on-collapse
-AVERAGE_RAMP = 0.05  # then its half-life is this share of the images seen
 
 
 def pick_device(name: str) -> torch.device:
@@ -1711,7 +1713,7 @@ class Pair:
             progress.discriminator_updates += 1
             return
         progress.generator_updates += 1
-        half_life = min(AVERAGE_HALF_LIFE_IMAGES, AVERAGE_RAMP * progress.images_seen)
+        half_life = AVERAGE_HALF_LIFE * progress.images_seen
         weight = 1 - 0.5 ** ((progress.images_seen - progress.averaged_at) / half_life)
         progress.averaged_at = progress.images_seen
         with torch.no_grad():
@@ -2391,7 +2393,8 @@ def command_prepare(settings: PrepareSettings) -> int:
         say(f"... and {len(skipped) - 10} more, all in {settings.data}/manifest.json")
     held_out = sum(batch["count"] for batch in manifest["held_out"])
     say(f"{manifest['count']:,} faces of {manifest['photos_found']:,} photos found, {held_out:,} more held out for the "
-        f"judge, {len(skipped)} skipped, in {settings.data} ({time.monotonic() - started:.1f} s); look at {settings.data}/faces.png, then `gan.py train`")
+        f"judge, {len(skipped)} skipped, in {settings.data} ({time.monotonic() - started:.1f} s); look at "
+        f"{settings.data}/faces.png, then `gan.py train`")
     if manifest["count"] < 500:
         say(f"warning: {manifest['count']} faces are few: with fewer than 500 the generator learns them by heart")
     return 0

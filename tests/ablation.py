@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import gan  # noqa: E402
 
-RAMPS = (0.05, 0.1, 0.2, 0.4)  # half-lives of averages, as shares of the images seen
+RAMPS = (0.1, 0.2, 0.4)  # half-lives of averages, as shares of the images seen
 
 
 class Pair(gan.Pair):
