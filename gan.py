@@ -125,7 +125,11 @@ def one_of(*choices: str | int) -> Callable[[str], str | int]:
 
 def balance_rule(text: str) -> str | int:
     """Parse 'accuracy', 'half' or a fixed number of discriminator updates a generator update."""
-    return text.lower() if text.lower() in ("accuracy", "half") else between(1, 1000)(text)
+    if text.lower() in ("accuracy", "half"):
+        return text.lower()
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither accuracy nor half nor a whole number")
+    return between(1, 1000)(text)
 
 
 def setting(default, help: str, parse: Callable = str, metavar: str | None = None, fixed: bool = False):

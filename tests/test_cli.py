@@ -57,7 +57,7 @@ def test_from_photos_to_a_face_in_the_browser(tmp_path):
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (["train", "--epohcs", "3"], 2, "unrecognized arguments: --epohcs"), (["train", "--epochs", "0"], 2, "--epochs: 0 is not from 1"),
     (["train", "--epochs", "many"], 2, "'many' is not a whole number"), (["train", "--model", "VAE"], 2, "none of DCGAN, WGAN, WGAN-GP"),
-    (["train", "--balance", "sometimes"], 2, "'sometimes' is not a whole number"), (["train", "--epoch", "3"], 2, "unrecognized"),
+    (["train", "--balance", "sometimes"], 2, "'sometimes' is neither accuracy nor half nor a whole number"), (["train", "--epoch", "3"], 2, "unrecognized"),
     (["prepare", "--size", "81"], 2, "none of 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256"),
     (["prepare", "--crop", "nan"], 2, "nan is not from 0.05 to 1"), (["prepare", "--demo", "--download"], 1, "choose one"),
     (["generate", "--min-abs", "9"], 2, "9 is not from 0.0 to 3.0"), ([], 2, "required: command"), (["fly"], 2, "invalid choice"),
