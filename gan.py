@@ -1595,6 +1595,14 @@ def on_cpu(value):
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
+@torch.no_grad()
+def move_average(average: nn.Module, network: nn.Module, half_lives: float) -> None:
+    """Let an average of a network's weights and BatchNorm statistics forget for so many half-lives."""
+    weight = 1 - 0.5 ** half_lives
+    for mean, value in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+        mean.lerp_(value, weight) if mean.is_floating_point() else mean.copy_(value)  # BatchNorm's counter
+
+
 def record_cuda_graphs(steps: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
     """Record each step, without running it, as a CUDA graph and return what replays them. RuntimeError where a step or
     the device does not allow it. They share their memory, so the first ones' results last only until the last runs."""
@@ -1718,11 +1726,8 @@ class Pair:
             return
         progress.generator_updates += 1
         half_life = AVERAGE_HALF_LIFE * progress.images_seen
-        weight = 1 - 0.5 ** ((progress.images_seen - progress.averaged_at) / half_life)
+        move_average(self.averaged, self.generator, (progress.images_seen - progress.averaged_at) / half_life)
         progress.averaged_at = progress.images_seen
-        with torch.no_grad():
-            for mean, value in zip(self.averaged.state_dict().values(), self.generator.state_dict().values()):
-                mean.lerp_(value, weight) if mean.is_floating_point() else mean.copy_(value)  # BatchNorm's counter
 
     def state(self) -> dict:
         """A copy on the CPU of all that must be saved to go on exactly, in plain types and tensors."""

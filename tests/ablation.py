@@ -34,15 +34,13 @@ class Pair(gan.Pair):
     def networks(self):
         return super().networks() | {name: network for name, (_, network) in getattr(self, "averages", {}).items()}
 
-    @torch.no_grad()
     def count(self, images, turn):
         since = self.progress.averaged_at
         super().count(images, turn)
         if turn == "generator":
             for ramp, network in self.averages.values():
-                weight = 1 - 0.5 ** ((self.progress.images_seen - since) / (ramp * self.progress.images_seen))
-                for average, value in zip(network.state_dict().values(), self.generator.state_dict().values()):
-                    average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
+                seen = self.progress.images_seen
+                gan.move_average(network, self.generator, (seen - since) / (ramp * seen))
 
 
 def decay(images: int):
@@ -146,7 +144,7 @@ def short_z(share: float):
 def r3gan(gamma: float):
     """Relativistic pairing, zero-centred penalties on real and drawn faces (arXiv 2501.05441)."""
     def patch():
-        measure, scores = Pair.measure, {}
+        scores = {}
 
         def optimizer(self, network):
             return torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.0, 0.99), fused=True)

@@ -223,7 +223,8 @@ def test_recorded_steps_do_what_plain_ones_do(model, precision):
     assert same(plain.state(), recorded.state())
 
 
-def test_averaged_generator_has_the_half_life_it_says():
+@pytest.mark.parametrize(("images_seen", "half_lives"), [(20_400, 1), (40_800, 0.5), (2_040_000, 0.01)])
+def test_averaged_generator_has_the_half_life_it_says(images_seen, half_lives):
     """5 % of the images seen, BatchNorm statistics averaged like weights: against the closed form."""
     pair = gan.Pair(settings("", ""), 32, CPU)
     with torch.no_grad():
@@ -231,12 +232,25 @@ def test_averaged_generator_has_the_half_life_it_says():
             value.zero_()
         for value in pair.generator.state_dict().values():
             value.fill_(1)
-    pair.progress.images_seen = pair.progress.averaged_at = 19_380
+    pair.progress.images_seen = pair.progress.averaged_at = images_seen - 1020
     for _ in range(50):
         pair.count(20, "discriminator")
-    pair.count(20, "generator")  # 1,020 images since the last one, 20,400 in all
+    pair.count(20, "generator")  # 1,020 images since the last one
     for name, value in pair.averaged.state_dict().items():
-        assert value.float().mean().item() == pytest.approx(1 if "num_batches" in name else 0.5, rel=1e-5)
+        expected = 1 if "num_batches" in name else 1 - 0.5 ** half_lives
+        assert value.float().mean().item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("model", "enough", "share"), [
+    ("DCGAN", 0.0, 0), ("WGAN", 0.0, 0.5), ("WGAN-GP", 0.0, 0.5), ("DCGAN", 1.1, 1), ("WGAN", 1.1, 1), ("WGAN-GP", 1.1, 1)])
+def test_training_balances_by_the_rule_of_its_gan(dataset, tmp_path, monkeypatch, model, enough, share):
+    """A discriminator that is never behind trains after each update of the generator where it is a critic, else never;
+    one that is always behind trains on every minibatch."""
+    monkeypatch.setattr(gan.Objective, "enough", enough)
+    assert gan.train(settings(dataset, tmp_path / "run", model=model, epochs=2)) == 0
+    last = gan.read_log(tmp_path / "run")[-1]
+    turns = last["discriminator_updates"], last["generator_updates"]
+    assert abs(turns[0] - share * sum(turns)) <= 0.5
 
 
 class Killed(BaseException):
