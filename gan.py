@@ -9,8 +9,19 @@
     python gan.py train                       DCGAN, WGAN or WGAN-GP (--model); the same command goes on
     python gan.py eval                        http://localhost:8666 makes faces with 128 sliders
 
-The file is laid out in the order in which a face travels through it: settings, faces on disk, networks,
-objectives, balance, run directory, judge, training, drawing, server, command line.
+The file is laid out in the order in which a face travels through it; each room uses only those above it:
+
+    Settings: each one declared once; the command line, config.json and the checkpoints read it here
+    Faces on disk: photos in a folder or archive -> crops -> gzipped uint8 batches and a manifest -> minibatches
+    Networks: DCGAN's shapes (arXiv 1511.06434); where and in which precision they compute; how faces are drawn
+    Objectives: one class per GAN; nothing else in this file asks which GAN it is
+    Balance: which network trains on the next minibatch
+    Run directory: checkpoints, log, sample grids, curves; a kill at any moment leaves them readable
+    Judge: how near drawn faces are to real ones; it needs no download and nobody else's network
+    Training: the pair of networks, its steps, and the loop
+    Drawing faces: PNG files from a trained run
+    Server: a pure function from request to response, and a thin handler around it
+    Command line: one function a command
 
 Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 14 s on two CPU cores (AMD EPYC with bf16, torch 2.13;
 12.4 to 17.2 s); faces are recognisable after 11 epochs. The README has the pictures.
@@ -68,6 +79,7 @@ MIN_FACE_PIXELS = 8  # a crop with a shorter side holds no face
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # none that starts other programs
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
+DEMO_RUN = Path("runs/demo")
 CHECKPOINT_FORMAT = 2
 DATASET_FORMAT = 1
 
@@ -243,7 +255,7 @@ class DemoSettings:
 
 
 # ================================================================================================
-# Faces on disk: photos in a folder or archive -> crops -> gzipped uint8 batches and a manifest
+# Faces on disk: photos in a folder or archive -> crops -> gzipped uint8 batches and a manifest -> minibatches
 # ================================================================================================
 
 HELD_OUT_FACES = 1000  # at most; the judge compares with them
@@ -791,7 +803,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 # ================================================================================================
-# Networks: DCGAN's shapes (arXiv 1511.06434), from a base of 4 to 7 pixels, one stage a doubling
+# Networks: DCGAN's shapes (arXiv 1511.06434); where and in which precision they compute; how faces are drawn
 # ================================================================================================
 
 def pick_device(name: str) -> torch.device:
@@ -827,7 +839,8 @@ def channels_last(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def stage_channels(size: int, width: int) -> tuple[int, list[int]]:
-    """(base, channels of the stages from the smallest to the largest): 80, 64 -> (5, [512, 256, 128, 64])."""
+    """(base of 4 to 7 pixels, channels of the stages, one a doubling, from the smallest): 80, 64 -> (5, [512, 256, 128,
+    64])."""
     base, doublings = size, 0
     while base > 7:
         base, doublings = base // 2, doublings + 1
@@ -1188,8 +1201,8 @@ def kept_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def find_run(named: str | None) -> Path:
-    """The run folder that --run names; None: the run in runs/ that was saved last."""
-    saved = sorted(Path("runs").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    """The run folder that --run names; None: the run in runs/ that was saved last, the demo's only where it is alone."""
+    saved = sorted(Path("runs").glob("*/last.pt"), key=lambda path: (path.parent != DEMO_RUN, path.stat().st_mtime))
     if not (named or saved):
         raise UserError("no run in runs/: train one with `gan.py train`, or name yours with --run")
     return Path(named) if named else saved[-1].parent
@@ -1757,7 +1770,7 @@ def judge(settings: JudgeSettings) -> int:
 
 
 # ================================================================================================
-# Training
+# Training: the pair of networks, its steps, and the loop
 # ================================================================================================
 
 AVERAGE_HALF_LIFE = 0.05  # of the averaged generator, as a share of the images seen: it forgets the beginning of a run
@@ -2059,7 +2072,7 @@ def train(settings: TrainSettings) -> int:
 
 
 # ================================================================================================
-# Drawing faces: the one way from latent vectors to pictures, for samples, generate and the server
+# Drawing faces: PNG files from a trained run
 # ================================================================================================
 
 def generate(settings: GenerateSettings) -> int:
@@ -2433,7 +2446,7 @@ def serve(settings: EvalSettings) -> int:
 
 
 # ================================================================================================
-# Command line
+# Command line: one function a command
 # ================================================================================================
 
 def command_prepare(settings: PrepareSettings) -> int:
@@ -2461,10 +2474,11 @@ DEMO_EPOCHS = 20  # of the demo, whose faces are small: about a minute on two co
 
 def command_demo(settings: DemoSettings) -> int:
     """drawn faces -> a few minutes of training at most -> page"""
-    if not read_manifest(Path("demo/data")):
-        command_prepare(PrepareSettings(demo=True, data="demo/data", size=48))
-    code = train(TrainSettings(data="demo/data", run="demo/run", epochs=DEMO_EPOCHS))
-    return code or serve(EvalSettings(run="demo/run", port=settings.port))
+    data, run = str(DEMO_RUN / "data"), str(DEMO_RUN)
+    if not read_manifest(Path(data)):
+        command_prepare(PrepareSettings(demo=True, data=data, size=48))
+    code = train(TrainSettings(data=data, run=run, epochs=DEMO_EPOCHS))
+    return code or serve(EvalSettings(run=run, port=settings.port))
 
 
 COMMANDS = {"prepare": (PrepareSettings, command_prepare, "turn photos into a dataset"),

@@ -231,3 +231,27 @@ def test_curves_are_drawn_without_a_display(tmp_path, monkeypatch):
     gan.draw_curves(tmp_path, [line, line | {"epoch": 2}])
     with gan.Image.open(tmp_path / "curves.png") as image:
         assert image.width >= 800 and len(image.convert("RGB").getcolors(10**6)) > 10
+
+
+def test_files_of_a_long_run_thin_out():
+    """Grids: every epoch up to 50, then about 2 % apart, some 250 of 3,000; checkpoints: powers of two; or every so many."""
+    grids = [epoch for epoch in range(1, 3001) if gan.is_kept(epoch, None, gan.Run.GRIDS_PER_DOUBLING)]
+    assert grids[:50] == list(range(1, 51)) and 240 <= len(grids) <= 260
+    assert all(later - earlier <= 1 + earlier / 50 for earlier, later in zip(grids, grids[1:]))
+    kept = [epoch for epoch in range(1, 3001) if gan.is_kept(epoch, None, gan.Run.CHECKPOINTS_PER_DOUBLING)]
+    assert kept == [2 ** power for power in range(12)]
+    assert [epoch for epoch in range(1, 100) if gan.is_kept(epoch, 30, 1)] == [30, 60, 90]
+
+
+def test_the_demos_run_never_takes_the_place_of_ones_own(tmp_path, monkeypatch):
+    """The run saved last is taken, the demo's only where it is alone."""
+    monkeypatch.chdir(tmp_path)
+    for seconds, name in enumerate(["dcgan", "wgan-gp", "demo"]):
+        path = tmp_path / "runs" / name / "last.pt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    assert gan.find_run(None) == gan.Path("runs/wgan-gp") and gan.find_run("runs/demo") == gan.DEMO_RUN
+    for name in ("dcgan", "wgan-gp"):
+        gan.shutil.rmtree(tmp_path / "runs" / name)
+    assert gan.find_run(None) == gan.DEMO_RUN

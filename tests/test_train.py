@@ -402,6 +402,20 @@ def test_each_epoch_sees_every_face_once_in_another_order(dataset, tmp_path, mon
         assert torch.allclose(epoch.sort()[0], sums.sort()[0], rtol=1e-4, atol=1e-2)
 
 
+def test_an_epoch_can_be_begun_at_any_minibatch(dataset):
+    """The rest of an epoch is what it would have been; epochs, seeds and the rest that fills no minibatch differ."""
+    faces = gan.TrainingFaces(dataset, 10, 0, CPU)
+    whole = list(faces.epoch(3))
+    assert len(whole) == faces.minibatches == 6 and whole[0].shape == (10, 3, 32, 32) and whole[0].dtype == torch.float32
+    assert same(list(faces.epoch(3, 4)), whole[4:]) and list(faces.epoch(3, 6)) == []
+
+    def seen(epoch: int) -> set[bytes]:
+        return {face.numpy().tobytes() for real in faces.epoch(epoch) for face in gan.to_image(real).contiguous()}
+    assert len(seen(3)) == len(seen(4)) == 60 and len(seen(3) | seen(4)) > 60
+    assert not same(list(gan.TrainingFaces(dataset, 10, 1, CPU).epoch(3)), whole)
+    assert gan.TrainingFaces(dataset, 100, 0, CPU).batch_size == 64
+
+
 def test_no_more_epochs_than_are_done(trained, dataset, capsys):
     """Says so and succeeds."""
     assert gan.train(settings(dataset, trained, epochs=4)) == 0
