@@ -51,6 +51,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -60,7 +61,7 @@ from http.client import LineTooLong
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Callable, Iterator
+from typing import Any, BinaryIO, Callable, Iterator, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -154,7 +155,7 @@ def balance_rule(text: str) -> str | int:
         return text.lower()
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither accuracy nor half nor a whole number")
-    return between(1, 1000)(text)
+    return int(between(1, 1000)(text))
 
 
 def setting(default, help: str, parse: Callable = str, metavar: str | None = None, fixed: bool = False):
@@ -806,6 +807,9 @@ def png_bytes(image: Image.Image) -> bytes:
 # Networks: DCGAN's shapes (arXiv 1511.06434); where and in which precision they compute; how faces are drawn
 # ================================================================================================
 
+Network = TypeVar("Network", bound=nn.Module)
+
+
 def pick_device(name: str) -> torch.device:
     """auto: CUDA, else Apple's MPS, else the CPU. UserError where the one asked for is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -833,9 +837,9 @@ def autocast(device: torch.device, precision: str = "auto") -> Callable:
     return partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
 
 
-def channels_last(network: nn.Module, device: torch.device) -> nn.Module:
+def channels_last(network: Network, device: torch.device) -> Network:
     """The network on its device, in the memory layout in which convolutions are fastest."""
-    return network.to(device, memory_format=torch.channels_last)
+    return nn.utils.convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
 
 
 def stage_channels(size: int, width: int) -> tuple[int, list[int]]:
@@ -966,7 +970,7 @@ class Discriminator(nn.Module):
         return gradient
 
 
-def seeded(seed: int, make: Callable[..., nn.Module], *arguments) -> nn.Module:
+def seeded(seed: int, make: type[Network], *arguments) -> Network:
     """A network with torch's default weights, drawn on the CPU from the seed alone, so the same for every device.
 
     DCGAN's N(0, 0.02) would give a critic with InstanceNorm gradients of norm 10 and more at first: Adam remembers them
@@ -1014,23 +1018,38 @@ def on_gpu(network: nn.Module) -> bool:
     return next(network.parameters()).is_cuda
 
 
-class Objective:
-    """What one GAN asks of the training loop.
-
-    Each adds learning_rate; optimizer(network), the paper's; discriminator_loss(real, fake) and generator_loss(fake),
-    from scores (N,), (M,) of the discriminator to a scalar; accuracies(real, fake), from scores to both in [0, 1]."""
+class Objective(ABC):
+    """What one GAN asks of training: losses and accuracies from the discriminator's scores (N,), an optimizer, a
+    constraint, and when its discriminator is behind."""
+    learning_rate: float  # the default
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d  # of the discriminator
     enough = 0.9  # the accuracy below which the discriminator is behind
     afterwards = 0  # discriminator updates after each of the generator's, whatever the accuracy
 
     def __init__(self, settings: TrainSettings):
         self.clip = settings.clip
-        self.learning_rate = settings.learning_rate or self.learning_rate
+        self.learning_rate = settings.learning_rate or type(self).learning_rate
+
+    @abstractmethod
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """The paper's."""
+
+    @abstractmethod
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """A scalar from the scores of real and fake faces."""
+
+    @abstractmethod
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        """A scalar from the scores of fake faces."""
+
+    @abstractmethod
+    def accuracies(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """The discriminator's and the generator's, scalars in [0, 1]."""
 
     def adam(self, network: nn.Module, betas: tuple[float, float]) -> torch.optim.Optimizer:
         return torch.optim.Adam(network.parameters(), self.learning_rate, betas, fused=True, capturable=on_gpu(network))
 
-    def penalty(self, discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+    def penalty(self, discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
         """What a discriminator update adds to its loss; faces (N, 3, S, S), mix (N,) uniform in [0, 1]: nothing."""
         return real.new_zeros(())
 
@@ -1092,14 +1111,14 @@ class WGANGP(WGAN):
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return self.adam(network, betas=(0.0, 0.999))
 
-    def penalty(self, discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+    def penalty(self, discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
         """10 · mean over samples of (‖gradient‖ - 1)² at real·mix + fake·(1 - mix); the Euclidean norm is taken
         over all inputs of a sample."""
         gradient = discriminator.input_gradient(torch.lerp(fake, real, mix[:, None, None, None]))
         return 10 * (at_least_float32(gradient).flatten(1).norm(dim=1) - 1).square().mean()
 
 
-OBJECTIVES = {"DCGAN": DCGAN, "WGAN": WGAN, "WGAN-GP": WGANGP}
+OBJECTIVES: dict[str, type[Objective]] = {"DCGAN": DCGAN, "WGAN": WGAN, "WGAN-GP": WGANGP}
 
 
 # ================================================================================================
@@ -1234,9 +1253,12 @@ def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
     return channels_last(generator, device).eval().requires_grad_(False), facts
 
 
-def newest_good_checkpoint(run: Path) -> tuple[Path | None, dict]:
-    """The one to go on from and its state: last.pt, else the newest whole one; None in a new run. Says what it passes
-    over."""
+def checkpoint_to_go_on_from(run: Path, which: str | None) -> tuple[Path | None, dict]:
+    """The file that --checkpoint WHICH names and its state; None: last.pt, else the newest whole one, saying what is
+    passed over. (None, {}) in a new run."""
+    if which:
+        named = find_checkpoint(run, which)
+        return named, read_checkpoint(named)
     last, previous = run / "last.pt", run / "previous.pt"
     paths = [path for path in [last, previous, *reversed(kept_checkpoints(run).values())] if path.exists()]
     good: list[tuple[Path | None, dict]] = []
@@ -1292,12 +1314,13 @@ def draw_curves(run: Path, lines: list[dict]) -> None:
     FigureCanvasAgg(figure)  # draws to memory: no window, no display needed
     panels = figure.subplots(6 if judged else 3, 1, sharex=True)
     share = {"ylim": (-0.02, 1.02)}
-    contents = [("accuracy", ["discriminator_accuracy", "generator_accuracy"], share),
-                ("loss", ["discriminator_loss", "generator_loss", "gradient_penalty"], {}),
-                ("share of discriminator updates", ["discriminator_share"], share),
-                ("distance to real faces", ["frechet", "swd"], {"yscale": "log"}),
-                ("share", ["precision", "recall", "coverage"], share),
-                ("similarity, memory", ["ms_ssim", "ms_ssim_real", "memory"], {})]
+    contents: list[tuple[str, list[str], dict[str, Any]]] = [
+        ("accuracy", ["discriminator_accuracy", "generator_accuracy"], share),
+        ("loss", ["discriminator_loss", "generator_loss", "gradient_penalty"], {}),
+        ("share of discriminator updates", ["discriminator_share"], share),
+        ("distance to real faces", ["frechet", "swd"], {"yscale": "log"}),
+        ("share", ["precision", "recall", "coverage"], share),
+        ("similarity, memory", ["ms_ssim", "ms_ssim_real", "memory"], {})]
     for panel, (title, names, scale) in zip(panels, contents):
         for name in names:
             rows = lines if name in COLUMNS else [{"epoch": line["epoch"], **line["scores"]} for line in judged]
@@ -1341,7 +1364,8 @@ class Writer:
     MOST_WAITING = 4  # then asking waits: what is to be written is in memory
 
     def __enter__(self) -> Writer:
-        self.thread, self.waiting = ThreadPoolExecutor(1), deque()
+        self.thread = ThreadPoolExecutor(1)
+        self.waiting: deque[Future] = deque()
         return self
 
     def ask(self, write: Callable, *arguments) -> None:
@@ -1373,7 +1397,7 @@ def locked(run: Path) -> Iterator[None]:
     """Hold a run folder for this process. The system lets go of it when the process ends, however it ends."""
     with open(run / "train.lock", "a+") as file:
         try:
-            if os.name == "posix":
+            if sys.platform != "win32":
                 import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
@@ -1425,11 +1449,7 @@ class Run:
         none, begin the run with grids of real and of untrained faces. UserError where settings or faces do not fit."""
         for folder in (self.path, self.path / "samples"):
             remove_orphans(folder)
-        if self.settings.checkpoint:
-            path = find_checkpoint(self.path, self.settings.checkpoint)
-            state = read_checkpoint(path)
-        else:
-            path, state = newest_good_checkpoint(self.path)
+        path, state = checkpoint_to_go_on_from(self.path, self.settings.checkpoint)
         if path:
             check_resumable(self.settings, self.faces, state, self.path)
             pair.load_state(state)
@@ -1813,6 +1833,8 @@ class Pair:
     A minibatch is made of steps without arguments: measure, then update one network; or both in one, while a run of
     discriminator updates lasts. They read and write the same memory each time, so that a GPU can be handed each as one
     recorded graph: launching their hundreds of small kernels takes longer than the kernels."""
+    fake: Tensor  # what `measure` leaves for `update`
+    losses: dict[str, Tensor]
 
     def __init__(self, settings: TrainSettings, size: int, device: torch.device):
         self.objective = OBJECTIVES[settings.model](settings)
@@ -1829,7 +1851,7 @@ class Pair:
         self.rows: list[Tensor] = []  # COLUMNS of each minibatch of the unfinished epoch
         self.precision = pick_precision(settings.precision, device)
         self.autocast = autocast(device, self.precision)
-        self.real = None  # the minibatch's faces; with it come z, mix and row
+        self.real = torch.empty(0, device=device)  # the minibatch's faces; with it come z, mix and row
         self.steps = self.plain_steps(keep_graph=False)
         # Updates before a GPU records them: libraries choose their kernels and optimizers make their state.
         self.warm_up = {"discriminator": 3, "generator": 3} if device.type == "cuda" else {}
@@ -1840,7 +1862,7 @@ class Pair:
     def train_on(self, real: Tensor) -> Tensor:
         """Measure both accuracies on a minibatch of faces (N, 3, S, S), N the same each time, and train the network
         whose turn it is. Returns its row of COLUMNS, on the device: the host waits for it only to choose."""
-        if self.real is None:
+        if self.real.shape != real.shape:
             self.real, self.z = torch.empty_like(real), real.new_empty(len(real), LATENT_SIZE)
             self.mix, self.row = real.new_empty(len(real)), real.new_empty(len(COLUMNS))
         self.real.copy_(real)
@@ -1874,7 +1896,6 @@ class Pair:
             self.steps = record(self.plain_steps(keep_graph=True))
         except RuntimeError as error:
             say(f"CUDA graphs do not work here ({one_line(error)}): training goes on without, more slowly")
-            self.fake = self.losses = None
 
     def measure(self, generator_may_train: bool = True) -> None:
         """Both networks' forward passes: faces, accuracies and losses."""
@@ -1904,7 +1925,7 @@ class Pair:
         self.row[4].copy_(penalty.detach())
         self.row[5].fill_(turn == "discriminator")
         if not keep_graph:
-            self.fake = self.losses = None  # lets go of the activations
+            del self.fake, self.losses  # and with them the activations
 
     def run_of_discriminator(self) -> None:
         """A minibatch of a run of discriminator updates: the generator needs no graph."""
@@ -1933,8 +1954,8 @@ class Pair:
         bad = ~torch.stack(self.rows)[:, 2:4].isfinite()
         if bad.any():
             minibatch, column = bad.nonzero()[0].tolist()
-            network = COLUMNS[2 + column].removesuffix("_loss")
-            return f"the loss of the {network} is not finite since epoch {epoch}, minibatch {minibatch + 1}"
+            owner = COLUMNS[2 + column].removesuffix("_loss")
+            return f"the loss of the {owner} is not finite since epoch {epoch}, minibatch {minibatch + 1}"
         return ""
 
     def finish_epoch(self) -> dict:
@@ -1960,9 +1981,9 @@ class Pair:
         """Take over a checkpoint: what `state` returned, on this or another kind of device, and the run's settings."""
         for name, network in self.networks().items():
             network.load_state_dict(state["networks"][name])
-        for name, optimizer in self.optimizers.items():
+        for turn, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]  # ours: some of their flags belong to the device
-            optimizer.load_state_dict({**state["optimizers"][name], "param_groups": groups})
+            optimizer.load_state_dict({**state["optimizers"][turn], "param_groups": groups})
         self.progress = Progress(**state["progress"])
         self.rows = [row.to(self.device) for row in state["stats"][:self.progress.minibatch]]
         if state["settings"]["balance"] == self.balance.rule:

@@ -101,7 +101,7 @@ def test_going_on_from_the_newest_whole_checkpoint(tmp_path, capsys, broken, ima
             (tmp_path / name).unlink()
         else:
             (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
-    assert gan.newest_good_checkpoint(tmp_path)[1]["progress"]["images_seen"] == images
+    assert gan.checkpoint_to_go_on_from(tmp_path, None)[1]["progress"]["images_seen"] == images
     said = capsys.readouterr().out
     assert how == "gone" or "last.pt" not in broken or "passed over" in said and "last.pt" in said
 
@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path, monk
     save_three(tmp_path)
     (tmp_path / "epoch-00001.pt").unlink()
     (tmp_path / "last.pt").write_bytes(b"damaged")
-    assert gan.newest_good_checkpoint(tmp_path)[1]["progress"]["images_seen"] == 10
+    assert gan.checkpoint_to_go_on_from(tmp_path, None)[1]["progress"]["images_seen"] == 10
     calls, real = [], os.replace
 
     def dying(*arguments):
@@ -126,17 +126,17 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path, monk
         for images in (20, 30):
             gan.save_last(tmp_path, STATE | {"progress": {"images_seen": images, "epoch": 1}})
     gan.remove_orphans(tmp_path)
-    assert gan.newest_good_checkpoint(tmp_path)[1]["progress"]["images_seen"] >= 10
+    assert gan.checkpoint_to_go_on_from(tmp_path, None)[1]["progress"]["images_seen"] >= 10
 
 
 def test_no_whole_checkpoint_is_an_error_and_none_at_all_a_new_run(tmp_path):
     """A run that cannot be read is never silently begun anew."""
-    assert gan.newest_good_checkpoint(tmp_path) == (None, {})
+    assert gan.checkpoint_to_go_on_from(tmp_path, None) == (None, {})
     save_three(tmp_path)
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
     with pytest.raises(gan.UserError, match="start anew with another --run"):
-        gan.newest_good_checkpoint(tmp_path)
+        gan.checkpoint_to_go_on_from(tmp_path, None)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -159,7 +159,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, ca
     except Killed:
         pass
     monkeypatch.undo()
-    assert gan.newest_good_checkpoint(tmp_path)[1]["progress"]["images_seen"] in (2, 3)
+    assert gan.checkpoint_to_go_on_from(tmp_path, None)[1]["progress"]["images_seen"] in (2, 3)
     gan.remove_orphans(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= {"last.pt", "previous.pt"}
 
