@@ -52,7 +52,7 @@ import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -61,13 +61,13 @@ from http.client import LineTooLong
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Callable, Iterator, TypeVar
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, TextIO, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError, features
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -79,6 +79,11 @@ FEW_FACES = 500  # with fewer, a generator learns them by heart
 MIN_FACE_PIXELS = 8  # a crop with a shorter side holds no face
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # none that starts other programs
+OTHER_SUFFIXES = {  # photos too -> the format in which Pillow may read them, and what to do where it does not
+    **dict.fromkeys((".heic", ".heif", ".hif"), ("HEIF", "pip install pillow-heif")),
+    ".avif": ("AVIF", "pip install --upgrade pillow"),
+    **dict.fromkeys((".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
+                    ("", "convert them to JPEG"))}
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
 DEMO_RUN = Path("runs/demo")
 CHECKPOINT_FORMAT = 2
@@ -158,6 +163,11 @@ def balance_rule(text: str) -> str | int:
     return int(between(1, 1000)(text))
 
 
+def crop_rule(text: str) -> str | float:
+    """Parse 'face' or a share from 0.05 to 1."""
+    return "face" if text.lower() == "face" else between(0.05, 1, float)(text)
+
+
 def setting(default, help: str, parse: Callable = str, metavar: str | None = None, fixed: bool = False):
     """Declare one setting. `fixed`: it cannot change once a run has begun. A default of False makes a switch."""
     return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar, "fixed": fixed})
@@ -175,8 +185,10 @@ class PrepareSettings:
     download: bool = setting(False, "fetch the Kaggle dataset atulanandjha/lfwpeople (needs: pip install kagglehub)")
     data: str = setting("data", "folder to write the dataset to", metavar="DIR")
     size: int = setting(80, "side of a face in pixels", one_of(*image_sizes()), "PIXELS")
-    crop: float = setting(0.5, "central share of width and height to keep, 1 for all", between(0.05, 1, float), "SHARE")
-    per_person: int = setting(2, "images of one person (one folder), 0 for all", between(0, 10**6), "N")
+    crop: str | float = setting(0.5, "'face' (every face that is found; needs OpenCV) or the central share of width and "
+                                "height to keep, 1 for all", crop_rule, "SHARE|face")
+    per_person: int = setting(0, "photos of one folder (one person) at most, 0 for two of each and, while --limit is "
+                              "not reached, more", between(0, 10**6), "N")
     limit: int = setting(2000, "faces to train on at most, 0 for all", between(0, 10**7), "N")
     seed: int = setting(0, "seed of the order of faces", between(0, 2**31 - 1), "N")
     png: str | None = setting(None, "also write the training faces as PNG files here, for other tools", metavar="DIR")
@@ -261,8 +273,10 @@ class DemoSettings:
 
 HELD_OUT_FACES = 1000  # at most; the judge compares with them
 LEAST_JUDGED = 100  # fewer would say nothing
+NOT_READ = "is of a kind that is not read here"
 LOOK_PIXELS = 640  # longer side of the picture in which faces are looked for
-THREAD = threading.local()  # what each thread has of its own
+THREAD = threading.local()  # holds the detector of each thread
+OPENCV = threading.Lock()  # it cannot be imported by two threads at once
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of an upright photo
 OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.pt\.gz|\.gan-.*")
 
@@ -275,18 +289,37 @@ class Entry:
     problem: str = ""
 
 
+@cache
+def image_formats() -> tuple[str, ...]:
+    """Pillow's formats that are read here: AVIF where Pillow has it, HEIF (what phones write) where pillow-heif is."""
+    formats = IMAGE_FORMATS + ("AVIF",) * features.check("avif")
+    with suppress(ImportError):
+        import pillow_heif
+        pillow_heif.register_heif_opener()
+        formats += ("HEIF",)
+    return formats
+
+
+def suffix_of(name: str) -> str:
+    """'.jpg' of 'a/B.JPG'."""
+    return PurePosixPath(name).suffix.lower()
+
+
 def is_photo_name(name: str) -> bool:
     """Whether a path inside a source is named like a photo; hidden files and macOS's archive litter are not."""
     hidden = any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in name.split("/"))
-    return name.lower().endswith(IMAGE_SUFFIXES) and not hidden
+    return not hidden and (suffix_of(name) in IMAGE_SUFFIXES or suffix_of(name) in OTHER_SUFFIXES)
 
 
 def checked(name: str, read: Callable[[], bytes], size: int, *, link: bool, regular: bool) -> Entry:
-    """An Entry that is refused when it is a link, a device, empty, too large or named to lead out of its source."""
+    """An Entry that is refused when it is a link, a device, empty, too large, named to lead out of its source or of a
+    kind that cannot be read."""
     leads_out = ".." in name.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", name)
+    format, _ = OTHER_SUFFIXES.get(suffix_of(name), (IMAGE_FORMATS[0], ""))
     problem = ("is a link" if link else "is not a regular file" if not regular else "is empty" if size == 0
                else f"is larger than {MAX_FILE_BYTES // 10**6} MB" if size > MAX_FILE_BYTES
-               else "has a path that leads out of its archive" if leads_out else "")
+               else "has a path that leads out of its archive" if leads_out
+               else NOT_READ if format not in image_formats() else "")
     return Entry(name, read, problem)
 
 
@@ -351,33 +384,54 @@ def persons_of(names: list[str]) -> dict[str, str]:
     return {name: folder if several and folder != "." else name for name, folder in folders.items()}
 
 
+def turns(names: list[str], person: dict[str, str]) -> dict[str, int]:
+    """Name -> the how-manyth of its person's it is in the list, counted from 1."""
+    met: Counter[str] = Counter()
+    result = {}
+    for name in names:
+        met[person[name]] += 1
+        result[name] = met[person[name]]
+    return result
+
+
 def choose_photos(names: list[str], per_person: int, seed: int) -> list[str]:
-    """At most per_person (0: all) names of each person, shuffled. Depends on the names and the seed alone."""
-    taken: dict[str, int] = {}
-    chosen = []
-    for name, person in persons_of(sorted(set(names))).items():
-        taken[person] = taken.get(person, 0) + 1
-        if per_person == 0 or taken[person] <= per_person:
-            chosen.append(name)
-    random.Random(seed).shuffle(chosen)
-    return chosen
+    """The names in the order in which photos are taken, at most per_person (0: all) of each person. It depends on the
+    set of names and the seed alone.
+
+    First come the first two of each person: where folders are persons they are enough, and faces stay many-sided. Then
+    one more of each in every round: where folders are classes or ranges of numbers, as many come from each."""
+    names = sorted(set(names))
+    person = persons_of(names)
+    turn = turns(names, person)
+    allowed = [name for name in names if not per_person or turn[name] <= per_person]
+    first, later = ([name for name in allowed if (turn[name] > 2) == late] for late in (False, True))
+    rng = random.Random(seed)
+    rng.shuffle(first)
+    rng.shuffle(later)
+    round_of = turns(later, person)
+    return first + sorted(later, key=lambda name: round_of[name])
 
 
-def choose_held_out(names: list[str], limit: int) -> set[str]:
-    """Those of the names that are held out of training: what --limit leaves over, at least a fifth, at most 1,000; none
-    where these would be too few to judge by. They are all the photos of their persons; persons of few photos come
-    first, so that there are many of them."""
+def choose_held_out(names: list[str], limit: int) -> list[str]:
+    """Those of the names, in their order, that are held out of training: what --limit leaves over, at least a fifth, at
+    most 1,000.
+
+    Where enough persons have few photos, these are all the photos of such persons: the judge compares with strangers.
+    Else, as where folders are classes, they are the same share of each folder."""
     person = persons_of(names)
     wanted = min(HELD_OUT_FACES, max(len(names) // 5, len(names) - limit))
     photos: dict[str, list[str]] = {}
     for name in reversed(names):  # the first ones are trained on
         photos.setdefault(person[name], []).append(name)
+    small = sorted((theirs for theirs in photos.values() if 10 * len(theirs) <= wanted), key=len)
     held_out: set[str] = set()
-    for theirs in sorted(photos.values(), key=len):
-        if wanted < LEAST_JUDGED or len(held_out) >= wanted:
-            break
-        held_out.update(theirs)
-    return held_out
+    if sum(map(len, small)) >= wanted:
+        while len(held_out) < wanted:
+            held_out.update(small.pop(0))
+    else:
+        turn = turns(names, person)
+        held_out.update(sorted(reversed(names), key=lambda name: -turn[name] / len(photos[person[name]]))[:wanted])
+    return [name for name in names if name in held_out]
 
 
 def crop_box(width: int, height: int, crop: float) -> Box:
@@ -406,7 +460,7 @@ def open_photo(data: bytes, enough: float = math.inf) -> tuple[Image.Image, floa
 
     Returns (image, how many of the photo's pixels one of its pixels stands for). ValueError says in one line why not."""
     try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=image_formats())
         full = max(image.size)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"has too many pixels ({image.width}×{image.height})")
@@ -420,16 +474,29 @@ def open_photo(data: bytes, enough: float = math.inf) -> tuple[Image.Image, floa
         raise ValueError(one_line(error)) from None
 
 
+@dataclass(frozen=True)
+class Face:
+    """A face of the dataset: its photo, its square there and its place in the scratch file."""
+    photo: str
+    box: Box
+    place: int
+
+    def where(self) -> dict:
+        """Its entry in the manifest."""
+        return {"photo": self.photo, "box": list(self.box)}
+
+
 def face_detector():
     """This thread's own detector of faces, as it is not safe to share: the frontal-face cascade in OpenCV's wheel (Viola
     and Jones 2001; Lienhart, Kuranov and Pisarevsky 2003). UserError without OpenCV 4."""
     if not hasattr(THREAD, "detector"):
-        try:
-            import cv2
-            THREAD.detector = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
-        except (ImportError, AttributeError):  # OpenCV 5 has no cascades
-            raise UserError('finding faces needs OpenCV 4: pip install "opencv-python-headless<5"') from None
-        cv2.setNumThreads(1)  # whoever has many photos divides them among threads
+        with OPENCV:
+            try:
+                import cv2
+                THREAD.detector = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+            except (ImportError, AttributeError):  # OpenCV 5 has no cascades
+                raise UserError('finding faces needs OpenCV 4: pip install "opencv-python-headless<5"') from None
+            cv2.setNumThreads(1)  # whoever has many photos divides them among threads
     return THREAD.detector
 
 
@@ -450,59 +517,64 @@ def find_faces(image: Image.Image) -> list[Box]:
     return squares
 
 
-def decode_face(data: bytes, size: int, crop: float) -> np.ndarray:
-    """Decode one photo to a (size, size, 3) uint8 face. ValueError says in one line why not."""
-    image, scale = open_photo(data, 2 * size / crop)
-    if crop * scale * min(image.size) < MIN_FACE_PIXELS:
-        raise ValueError(f"is too small ({image.width}×{image.height})")
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=crop_box(*image.size, crop)))
-
-
-def read_jobs(source: Path, found: list[Entry], slots: dict[str, int],
-              decode: Callable) -> Iterator[tuple[int, str, Callable]]:
-    """(slot, name, job) for each wanted photo of a source, its bytes read, in the order in which they lie there.
-
-    `found`, the entries seen before, serves a folder; an archive is read through again."""
-    left = dict(slots)
-    for entry in found if source.is_dir() else walk_source(source):
-        if entry.name in left and not entry.problem:
-            try:
-                job = partial(decode, entry.read())
-            except Exception as error:
-                job = partial(refuse, one_line(error))
-            yield left.pop(entry.name), entry.name, job
-    for name, slot in left.items():
-        yield slot, name, partial(refuse, "is not in the source any more, or lies behind a damaged part of it")
-
-
-def refuse(reason: str) -> None:
-    """The job of a photo that could not be read: fails with the reason."""
-    raise ValueError(reason)
-
-
-def run_jobs(jobs: Iterator[tuple[int, str, Callable]], faces: BinaryIO, bar: tqdm) -> dict[str, str]:
-    """Run the jobs on all cores and write each face at its slot of the file. Returns name -> reason of the failed."""
-    cores, waiting, failed = usable_cores(), deque(), {}
-
-    def finish() -> None:
-        slot, name, future = waiting.popleft()
-        try:
-            face = future.result()
-        except Exception as error:  # Pillow's decoders raise every kind of error on hostile files
-            failed[name] = one_line(error)
+def find_squares(data: bytes, size: int) -> tuple[Image.Image, float, list[Box], list[str]]:
+    """Decode a photo and find faces that are good for `size` pixels: (image, the photo's pixels a pixel of it, squares
+    in it, why other faces are not used)."""
+    image, scale = open_photo(data, LOOK_PIXELS)
+    squares, refused = [], []
+    for left, top, right, bottom in find_faces(image):
+        side = right - left
+        inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0)) / side ** 2
+        if side * scale < size:
+            refused.append(f"has a face of {side * scale:.0f} pixels, which is too small for --size {size}")
+        elif inside < 0.8:
+            refused.append("has a face of which more than a fifth lies outside")
         else:
-            faces.seek(slot * face.nbytes)
-            faces.write(face.tobytes())
-            bar.update()
+            squares.append((left, top, right, bottom))
+    enough = max((2 * size / (right - left) for left, _, right, _ in squares), default=0) * min(image.size)
+    if scale > 1 and enough > min(image.size):  # it was decoded too small for these faces
+        image, finer = open_photo(data, enough)
+        squares = [tuple(scale / finer * edge for edge in square) for square in squares]
+        scale = finer
+    return image, scale, squares, refused
 
-    with ThreadPoolExecutor(cores) as pool:  # threads: Pillow decodes and resizes without holding the GIL
-        for slot, name, job in jobs:
-            waiting.append((slot, name, pool.submit(job)))
-            if len(waiting) > 4 * cores:  # bounds the memory of photos that are read but not yet decoded
-                finish()
+
+def cut(image: Image.Image, square: Box, size: int) -> np.ndarray:
+    """A square of an RGB image as (size, size, 3) uint8; what lies outside is mirrored."""
+    left, top, right, bottom = square
+    margins = [max(0, math.ceil(beyond)) for beyond in (-left, -top, right - image.width, bottom - image.height)]
+    if any(margins):
+        x, y, *_ = margins
+        image = Image.fromarray(np.pad(np.asarray(image), ((y, margins[3]), (x, margins[2]), (0, 0)), "symmetric"))
+        square = (left + x, top + y, right + x, bottom + y)
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=square))
+
+
+def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
+    """Decode a photo to its faces, largest first, as (square in the photo's pixels, (size, size, 3) uint8), and say why
+    other faces of it are not used. ValueError says in one line why the photo is not."""
+    if crop == "face":
+        image, scale, squares, refused = find_squares(data, size)
+    else:
+        image, scale = open_photo(data, 2 * size / crop)
+        squares, refused = [crop_box(*image.size, crop)], []
+        if crop * scale * min(image.size) < MIN_FACE_PIXELS:
+            raise ValueError(f"is too small ({image.width}×{image.height})")
+    if not squares:
+        raise ValueError(refused[0] if refused else "no face found")
+    return [(tuple(round(scale * edge, 1) for edge in square), cut(image, square, size)) for square in squares], refused
+
+
+def on_all_cores(function: Callable, items: Iterable) -> Iterator:
+    """Like map, on all cores; few items are begun at once, which bounds memory."""
+    cores, waiting = usable_cores(), deque()
+    with ThreadPoolExecutor(cores) as pool:  # threads: Pillow and OpenCV work without holding the GIL
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * cores:
+                yield waiting.popleft().result()
         while waiting:
-            finish()
-    return failed
+            yield waiting.popleft().result()
 
 
 # Palettes of the drawn faces, each a line through colour space
@@ -653,100 +725,216 @@ def find_source(settings: PrepareSettings) -> Path:
     return source
 
 
-def collect_faces(settings: PrepareSettings, faces: BinaryIO) -> tuple[list[int], list[int], dict]:
-    """Find photos and decode them into a scratch file. Returns (the slots in it of faces to train on, those of faces
-    that are held out, facts for the manifest).
+@contextmanager
+def quiet_libraries() -> Iterator[TextIO]:
+    """Keep what is written to stderr from it, as libtiff tells its thoughts on each photo; yields a stream to stderr."""
+    with os.fdopen(os.dup(2), "w") as terminal, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield terminal
+        finally:
+            os.dup2(terminal.fileno(), 2)
 
-    The file keeps memory bounded however many photos there are; slots make the result independent of the order in
-    which they are read. Where photos turn out bad, the next ones take their place until --limit is reached."""
-    size, source, skipped = settings.size, None if settings.demo else find_source(settings), {}
-    if source is None:
-        count = settings.limit or 2000
-        names = [f"drawn face {i}" for i in range(count + count // 4)]
-    else:
-        entries = list(walk_source(source))
-        skipped = {entry.name: entry.problem for entry in entries if entry.problem}
-        names = choose_photos([entry.name for entry in entries if not entry.problem], settings.per_person, settings.seed)
-    limit = min(settings.limit or len(names), len(names))
 
-    def take(slots: list[int], most: int) -> list[int]:
-        good, done = [], 0
-        while len(good) < most and done < len(slots):
-            wanted = max(most - len(good), done // 2)  # few rounds through the source, however many photos are bad
-            batch = slots[done:done + wanted]
-            jobs = (((slot, names[slot], partial(draw_face_array, settings.seed, slot, size)) for slot in batch)
-                    if source is None else read_jobs(source, entries, {names[slot]: slot for slot in batch},
-                                                     partial(decode_face, size=size, crop=settings.crop)))
-            failed = run_jobs(jobs, faces, bar)
-            skipped.update(failed)
-            good += [slot for slot in batch if names[slot] not in failed]
-            done += len(batch)
-        return good[:most]
-    with tqdm(unit="face", desc="prepare", disable=not sys.stderr.isatty()) as bar:
-        apart = choose_held_out(names, limit)
-        good, held_out = (take([slot for slot, name in enumerate(names) if (name in apart) == held], most)
-                          for held, most in ((False, limit), (True, HELD_OUT_FACES)))
-    if not good:
-        first = "".join(f": {name!a} {reason}, for one" for name, reason in list(skipped.items())[:1])
-        raise UserError(f"no usable photo in {source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders and "
-                        f"skipped {len(skipped)}{first}")
-    facts = {"source": str(source or "drawn faces"), "photos_found": len(names) if source is None else len(entries),
-             "skipped": [{"file": name, "reason": skipped[name]} for name in sorted(skipped)]}
-    return good, held_out, facts
+class Photos:
+    """The photos of a source, or drawn faces: what they are, and what becomes of them.
+
+    `names` are those that may be taken, in order; `skipped` says of others why not."""
+
+    def __init__(self, settings: PrepareSettings):
+        self.settings = settings
+        self.source = None if settings.demo else find_source(settings)
+        found = walk_source(self.source) if self.source else draw_photos(settings)
+        self.entries = {entry.name: entry for entry in found}
+        good = [name for name, entry in self.entries.items() if not entry.problem]
+        self.person = persons_of(good)
+        self.names = choose_photos(good, settings.per_person, settings.seed) if self.source else good
+        self.skipped = {entry.name: entry.problem for entry in self.entries.values() if entry.problem}
+        self.skipped_faces: dict[str, list[str]] = {}  # of photos of which other faces are used
+
+    def read(self, names: list[str]) -> Iterator[Entry]:
+        """Those photos, to be read on any thread. An archive is read through again, in its own order."""
+        if not self.source or self.source.is_dir():
+            yield from (self.entries[name] for name in names)
+            return
+        left = set(names)
+        for entry in walk_source(self.source):
+            if entry.name in left and not entry.problem:
+                left.remove(entry.name)
+                try:
+                    data, problem = entry.read(), ""
+                except Exception as error:  # each kind of compression raises its own
+                    data, problem = b"", one_line(error)
+                yield Entry(entry.name, partial(bytes, data), problem)
+        for name in left:
+            yield Entry(name, bytes, "is not in the source any more, or lies behind a damaged part of it")
+
+    def decode(self, entry: Entry) -> tuple[str, list[tuple[Box, np.ndarray]], list[str]]:
+        """(Name, faces of the photo, why others are not used). One face of a photo of a person, the largest."""
+        crop = self.settings.crop if self.source else 1.0
+        try:
+            if entry.problem:
+                raise ValueError(entry.problem)
+            faces, refused = decode_faces(entry.read(), self.settings.size, crop)
+        except (OSError, ValueError) as error:
+            return entry.name, [], [one_line(error)]
+        return entry.name, faces if self.person[entry.name] == entry.name else faces[:1], refused
+
+    def take(self, names: list[str], most: int, file: BinaryIO, bar: tqdm) -> list[Face]:
+        """The first `most` faces of those photos, or all there are, written to the end of a file.
+
+        Where photos turn out bad, the next ones take their place."""
+        faces: list[Face] = []
+        rank, done = {name: i for i, name in enumerate(names)}, 0
+        while len(faces) < most and done < len(names):
+            wanted = max(most - len(faces), done // 2)  # few rounds through the source, however many photos are bad
+            fresh = []
+            for name, found, refused in on_all_cores(self.decode, self.read(names[done:done + wanted])):
+                if found:
+                    self.skipped_faces[name] = refused
+                else:
+                    self.skipped[name] = refused[0]
+                for box, pixels in found:
+                    fresh.append(Face(name, box, file.tell() // pixels.nbytes))
+                    file.write(pixels.tobytes())
+                bar.update(len(found))
+            faces += sorted(fresh, key=lambda face: rank[face.photo])  # not the order of an archive
+            done += wanted
+        return faces[:most]
+
+    def account(self, used: int, held_out: int) -> dict:
+        """What became of each file, for the manifest: the numbers of `files` add up to `photos_found`."""
+        kinds = Counter(suffix_of(name) for name, problem in self.skipped.items() if problem == NOT_READ)
+        skipped = [{"file": name, "reason": self.skipped[name]} for name in sorted(self.skipped)
+                   if self.skipped[name] != NOT_READ]
+        readable = sum(not entry.problem for entry in self.entries.values())
+        over = len(self.names) - used - held_out - sum(name in self.skipped for name in self.names)
+        return {"source": str(self.source or "drawn faces"), "photos_found": len(self.entries),
+                "files": {"used": used, "held_out": held_out, "left_by_per_person": readable - len(self.names),
+                          "left_by_limit": over, "skipped": len(skipped), "not_read": dict(kinds)},
+                "skipped": skipped, "skipped_faces": {name: why for name, why in sorted(self.skipped_faces.items()) if why}}
+
+
+def drawn_photo(seed: int, index: int, size: int) -> bytes:
+    """Drawn face number `index` as the bytes of a photo."""
+    return png_bytes(Image.fromarray(draw_face_array(seed, index, size)))
+
+
+def draw_photos(settings: PrepareSettings) -> Iterator[Entry]:
+    """Drawn faces in the place of photos: as many as are to be trained on, and a fifth of all to hold out."""
+    for i in range((settings.limit or 2000) * 5 // 4):
+        yield Entry(f"drawn face {i}", partial(drawn_photo, settings.seed, i, settings.size))
+
+
+def unread_text(kinds: dict[str, int]) -> str:
+    """What photos of kinds that are not read there are, by suffix, and what to do; nothing if there are none."""
+    told = ", ".join(f"{suffix} {number:,} ({OTHER_SUFFIXES[suffix][1]})" for suffix, number in sorted(kinds.items()))
+    return f", not read {told}" if told else ""
+
+
+def collect_faces(settings: PrepareSettings, file: BinaryIO) -> tuple[list[Face], list[Face], dict]:
+    """Decode photos into a scratch file, which bounds memory however many there are: (faces to train on, held-out ones,
+    facts for the manifest)."""
+    photos = Photos(settings)
+    names, limit = photos.names, settings.limit or sys.maxsize
+    apart = choose_held_out(names, limit)
+    with quiet_libraries() as terminal, tqdm(unit="face", desc="prepare", file=terminal,
+                                             disable=not terminal.isatty()) as bar:
+        held_out = photos.take(apart, len(apart), file, bar)
+        seen = {face.photo for face in held_out} | photos.skipped.keys()
+        faces = photos.take([name for name in names if name not in seen], limit, file, bar)
+    if len(held_out) < LEAST_JUDGED:  # nothing could be told from so few
+        rank = {name: i for i, name in enumerate(names)}
+        faces, held_out = sorted(faces + held_out, key=lambda face: rank[face.photo])[:limit], []
+    facts = photos.account(*(len({face.photo for face in kind}) for kind in (faces, held_out)))
+    if not faces:
+        first = "".join(f": {item['file']!a} {item['reason']}, for one" for item in facts["skipped"][:1])
+        raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders and "
+                        f"skipped {len(photos.skipped)}{first}"
+                        f"{unread_text(facts['files']['not_read'])}")
+    return faces, held_out, facts
+
+
+def read_faces(path: Path, faces: list[Face], size: int) -> Tensor:
+    """Faces from the scratch file, as uint8 (N, 3, size, size)."""
+    pixels = np.memmap(path, np.uint8, "r").reshape(-1, size, size, 3)[[face.place for face in faces]]
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def batches_of(faces: list[Face]) -> list[list[Face]]:
+    """The faces of each file of a dataset."""
+    return [faces[start:start + BATCH_FILE_FACES] for start in range(0, len(faces), BATCH_FILE_FACES)]
+
+
+def write_batch(scratch: Path, kind: str, size: int, numbered: tuple[int, list[Face]]) -> dict:
+    """Write (number, faces of a file), named by its content, into the scratch folder; its entry in the manifest."""
+    number, faces = numbered
+    buffer = io.BytesIO()
+    torch.save(read_faces(scratch / "faces", faces, size), buffer)
+    # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_HUFFMAN_ONLY)
+    packed = packer.compress(buffer.getbuffer()) + packer.flush()
+    digest = hashlib.sha256(packed).hexdigest()
+    name = f"{kind}-{number:05d}-{digest[:8]}.pt.gz"
+    atomic_write(scratch / name, packed)
+    return {"file": name, "count": len(faces), "sha256": digest}
+
+
+def write_dataset(settings: PrepareSettings, scratch: Path) -> dict:
+    """Write the batches and the contact sheet into the scratch folder, and the PNG files; the manifest."""
+    with open(scratch / "faces", "wb") as file:
+        faces, held_out, facts = collect_faces(settings, file)
+    batches, held_out_batches = (
+        list(on_all_cores(partial(write_batch, scratch, kind, settings.size), enumerate(batches_of(chosen))))
+        for kind, chosen in (("faces", faces), ("held-out", held_out)))
+    first = read_faces(scratch / "faces", faces[:100], settings.size)
+    write_grid(scratch / "faces.png", first)
+    for number, batch in enumerate(batches_of(faces) if settings.png else []):  # one by one: bounds memory
+        images = read_faces(scratch / "faces", batch, settings.size)
+        write_pngs(Path(settings.png), images, number * BATCH_FILE_FACES)
+    told = not settings.demo and settings.crop != "face" and len(first) >= 20  # fewer would say nothing
+    return {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size, "count": len(faces),
+            "crops_with_face": crops_with_face(first[:50]) if told else None, **facts, "settings": asdict(settings), "batches": batches,
+            "held_out": held_out_batches, "faces": [face.where() for face in faces],
+            "held_out_faces": [face.where() for face in held_out]}
+
+
+def crops_with_face(images: Tensor) -> float | None:
+    """Share of the uint8 images (N, 3, S, S) that a face fills at least half of; None where OpenCV is not there."""
+    def filled(image: np.ndarray) -> bool:
+        enlarged = Image.fromarray(image).resize((160, 160))
+        return any(right - left >= 80 for left, _, right, _ in find_faces(enlarged))
+    try:
+        return sum(on_all_cores(filled, images.permute(0, 2, 3, 1).numpy())) / len(images)
+    except UserError:
+        return None
 
 
 def prepare(settings: PrepareSettings) -> dict:
     """Turn photos into a dataset folder and return its manifest.
 
-    The folder holds faces-NNNNN-HASH.pt.gz (gzipped uint8 tensors (n, 3, size, size), n <= 200), faces.png (the first
-    100 faces) and manifest.json. Batches are named by content and put in place first, the manifest after them: whoever
-    reads the folder sees the earlier dataset whole or the new one whole, whenever this process is killed."""
-    warnings.filterwarnings("ignore", module="PIL")  # decode_face judges what it gets by itself
-    data, size = Path(settings.data), settings.size
+    The folder holds faces-NNNNN-HASH.pt.gz (gzipped uint8 tensors (n, 3, size, size), n <= 200), held-out-… likewise,
+    faces.png (the first 100 faces) and manifest.json. Batches are named by content and put in place first, the manifest
+    after them: whoever reads the folder sees the earlier dataset whole or the new one whole, whenever this process is
+    killed."""
+    data = Path(settings.data)
+    if settings.crop == "face":
+        face_detector()  # or say at once that there is none
     check_data_folder(data)
     data.mkdir(parents=True, exist_ok=True)
     remove_orphans(data)
     scratch = data / f".gan-prepare-{os.getpid()}"
     scratch.mkdir()
     try:
-        with open(scratch / "faces", "wb") as file:
-            good, held_out, facts = collect_faces(settings, file)
-
-        def read_faces(slots: list[int]) -> Tensor:
-            with open(scratch / "faces", "rb") as file:
-                parts = [file.read(3 * size * size) for slot in slots if file.seek(slot * 3 * size * size) >= 0]
-            images = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
-            return images.view(-1, size, size, 3).permute(0, 3, 1, 2).contiguous()
-
-        def write_batch(kind: str, slots: list[int], start: int) -> dict:
-            images, buffer = read_faces(slots[start:start + BATCH_FILE_FACES]), io.BytesIO()
-            torch.save(images, buffer)
-            # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
-            packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_HUFFMAN_ONLY)
-            packed = packer.compress(buffer.getbuffer()) + packer.flush()
-            digest = hashlib.sha256(packed).hexdigest()
-            name = f"{kind}-{start // BATCH_FILE_FACES:05d}-{digest[:8]}.pt.gz"
-            atomic_write(scratch / name, packed)
-            return {"file": name, "count": len(images), "sha256": digest}
-
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            batches, held_out_batches = (
-                list(pool.map(partial(write_batch, kind, slots), range(0, len(slots), BATCH_FILE_FACES)))
-                for kind, slots in (("faces", good), ("held-out", held_out)))
-        manifest = {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": size, "count": len(good), **facts,
-                    "settings": asdict(settings), "batches": batches, "held_out": held_out_batches}
-        sheet = png_bytes(grid_image(read_faces(good[:100])))
-        fresh = [batch["file"] for batch in batches + held_out_batches]
+        manifest = write_dataset(settings, scratch)
+        fresh = [batch["file"] for batch in manifest["batches"] + manifest["held_out"]]
         for name in fresh:
             os.replace(scratch / name, data / name)
         atomic_write(data / "manifest.json", json.dumps(manifest, indent=1).encode())
-        atomic_write(data / "faces.png", sheet)
+        os.replace(scratch / "faces.png", data / "faces.png")
         for path in data.glob("*.pt.gz"):
             if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
                 path.unlink()
-        if settings.png:
-            for start in range(0, len(good), BATCH_FILE_FACES):  # bounds memory
-                write_pngs(Path(settings.png), read_faces(good[start:start + BATCH_FILE_FACES]), start)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return manifest
@@ -2512,21 +2700,28 @@ def serve(settings: EvalSettings) -> int:
 # Command line: one function a command
 # ================================================================================================
 
+FATES = {"used": "used", "held_out": "held out", "left_by_per_person": "left by --per-person",
+         "left_by_limit": "left by --limit", "skipped": "skipped"}  # of photos, in the manifest and in words
+
+
 def command_prepare(settings: PrepareSettings) -> int:
     """photos -> dataset"""
     started = time.monotonic()
     if settings.demo + settings.download + (settings.dataset is not None) > 1:
         raise UserError("--dataset, --download and --demo exclude each other: choose one")
     manifest = prepare(settings)
-    skipped = manifest["skipped"]
+    skipped, files, seconds = manifest["skipped"], manifest["files"], time.monotonic() - started
     for item in skipped[:10]:
         say(f"skipped {ascii(item['file'])[1:-1]}: {item['reason']}")
     if len(skipped) > 10:
         say(f"... and {len(skipped) - 10} more, all in {settings.data}/manifest.json")
     held_out = sum(batch["count"] for batch in manifest["held_out"])
-    say(f"{manifest['count']:,} faces of {manifest['photos_found']:,} photos found, {held_out:,} more held out for the "
-        f"judge, {len(skipped)} skipped, in {settings.data} ({time.monotonic() - started:.1f} s); look at "
-        f"{settings.data}/faces.png, then `gan.py train`")
+    say(f"{manifest['count']:,} faces and {held_out:,} more held out for the judge, in {settings.data} ({seconds:.1f} s, "
+        f"{(manifest['count'] + held_out) / seconds:,.0f} a second); look at {settings.data}/faces.png, then `gan.py train`")
+    told = "".join(f", {files[key]:,} {words}" for key, words in FATES.items() if files[key])
+    say(f"{manifest['photos_found']:,} photos found{told.replace(',', ':', 1)}{unread_text(files['not_read'])}")
+    if (manifest["crops_with_face"] or 1) < 0.5:
+        say(f"warning: {manifest['crops_with_face']:.0%} of the first crops show a face: --crop face looks for them")
     if manifest["count"] < FEW_FACES:
         say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES} the generator learns them by heart")
     return 0

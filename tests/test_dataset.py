@@ -84,6 +84,12 @@ def prepared(source: Path | None, data: Path, **changes) -> dict:
     return gan.prepare(gan.PrepareSettings(dataset=source, data=str(data), size=32, crop=1.0, **changes))
 
 
+def decoded(data: bytes, size: int, crop: float) -> np.ndarray:
+    """The one face of a photo whose share `crop` is kept."""
+    (_, face), = gan.decode_faces(data, size, crop)[0]
+    return face
+
+
 def seen(data: Path) -> list[int]:
     """The numbers of the photos in a dataset, in its order."""
     return [int(red) + 256 * int(green) for red, green in gan.load_faces(data)[0][:, :2, 16, 16]]
@@ -128,14 +134,14 @@ def test_every_kind_of_source_gives_the_same_bytes(tmp_path, source, prefix):
     path = pack(tmp_path / source, {prefix + name: files[name] for name in reversed(files)})
     manifest = prepared(path.parent if path.parent.name == "kaggle" else path, tmp_path / "data")
     assert manifest["batches"] == expected["batches"] and manifest["skipped"] == [] and manifest["photos_found"] == 15
-    assert sorted(seen(tmp_path / "data")) == [10 * p + n for p in range(5) for n in range(2)]
+    assert sorted(seen(tmp_path / "data")) == [10 * p + n for p in range(5) for n in range(3)]
 
 
 def test_a_flat_folder_holds_no_persons(tmp_path):
-    """A flat folder keeps all its photos: the same bytes as those photos in folders with --per-person 0."""
-    folders = prepared(pack(tmp_path / "folders", PEOPLE), tmp_path / "a", per_person=0)
-    flat = prepared(pack(tmp_path / "flat", {n.replace("/", "-"): d for n, d in PEOPLE.items()}), tmp_path / "b")
-    assert folders["batches"] == flat["batches"] and flat["count"] == 15
+    """A flat folder keeps all its photos whatever --per-person says; of folders it keeps so many of each."""
+    counts = [prepared(pack(tmp_path / name, files), tmp_path / "data", per_person=1)["count"] for name, files in
+              [("folders", PEOPLE), ("flat", {name.replace("/", "-"): data for name, data in PEOPLE.items()})]]
+    assert counts == [5, 15]
 
 
 @given(st.lists(st.tuples(st.sampled_from("ABC"), st.integers(0, 9))), st.integers(0, 3), st.integers(0, 99))
@@ -185,7 +191,7 @@ def test_archive_of_100_000_entries(tmp_path):
     good = pack(tmp_path / "good.tar", PEOPLE).read_bytes()
     (tmp_path / "a.tar").write_bytes(b"".join(empty) + good)
     manifest = prepared(tmp_path / "a.tar", tmp_path / "data")
-    assert (manifest["count"], manifest["photos_found"], len(manifest["skipped"])) == (10, 100_015, 100_000)
+    assert (manifest["count"], manifest["photos_found"], len(manifest["skipped"])) == (15, 100_015, 100_000)
     assert set(reasons(manifest).values()) == {"is empty"}
 
 
@@ -206,7 +212,7 @@ def test_crop_of_known_pictures(width, height, crop, box):
     """A pixel of the face shows the place in the photo that the crop's geometry says, found on a ramp of its coordinates."""
     assert gan.crop_box(width, height, crop) == box
     rows, columns = np.mgrid[:height, :width].astype(np.uint8)
-    face = gan.decode_face(encoded(Image.fromarray(np.dstack([columns, rows, rows]))), 32, crop).astype(float)
+    face = decoded(encoded(Image.fromarray(np.dstack([columns, rows, rows]))), 32, crop).astype(float)
     place = (np.arange(32) + 0.5) * (box[2] - box[0]) / 32 - 0.5  # of the centres of the face's pixels
     inner = slice(3, -3)  # at the ends of the ramp the filter has nothing to look at
     assert np.abs(face[:, inner, 0] - box[0] - place[inner]).max() <= 1
@@ -225,7 +231,7 @@ def test_exif_orientation(value, row0, column0):
     stored = stored[:, ::-1] if column0 in ("bottom", "right") else stored
     exif = Image.Exif()
     exif[0x0112] = value
-    face = gan.decode_face(encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif), 32, 1.0)
+    face = decoded(encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif), 32, 1.0)
     assert face[::31, ::31].tolist() == [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]]
 
 
@@ -260,7 +266,7 @@ COLOURS |= {f"16-bit grey {value}": (grey16(value), (grey,) * 3)
 @pytest.mark.parametrize("kind", COLOURS)
 def test_every_mode_becomes_the_right_rgb(kind):
     """Grey, palette, alpha, CMYK, 16-bit and animated (first frame) photos keep their colour within 2 of 255."""
-    face = gan.decode_face(COLOURS[kind][0], 32, 0.5)
+    face = decoded(COLOURS[kind][0], 32, 0.5)
     assert face.shape == (32, 32, 3) and face.dtype == np.uint8
     assert np.abs(face.astype(int) - COLOURS[kind][1]).max() <= 2
 
@@ -269,10 +275,10 @@ def test_every_mode_becomes_the_right_rgb(kind):
 def test_truncated_photo_is_never_half_a_face(format):
     """A photo cut at any of 40 lengths either fails or gives the whole face."""
     data = encoded(noise(), format)
-    whole = gan.decode_face(data, 32, 1.0)
+    whole = decoded(data, 32, 1.0)
     for length in np.linspace(0, len(data) - 1, 40, dtype=int):
         try:
-            assert np.array_equal(gan.decode_face(data[:length], 32, 1.0), whole), f"{length} of {len(data)} bytes"
+            assert np.array_equal(decoded(data[:length], 32, 1.0), whole), f"{length} of {len(data)} bytes"
         except (OSError, ValueError, SyntaxError, IndexError, struct.error):
             continue
 
@@ -423,7 +429,7 @@ def test_manifest_tells_all(tmp_path):
     assert manifest == json.loads((data / "manifest.json").read_text()) == prepared(source, data, seed=3)
     assert (manifest["count"], manifest["source"], manifest["photos_found"]) == (405, str(source), 406)
     assert manifest["settings"] == {"dataset": str(source), "demo": False, "download": False, "data": str(data), "size": 32,
-                                    "crop": 1.0, "per_person": 2, "limit": 2000, "seed": 3, "png": None}
+                                    "crop": 1.0, "per_person": 0, "limit": 2000, "seed": 3, "png": None}
     assert [batch["count"] for batch in manifest["batches"]] == [200, 200, 5] and list(reasons(manifest)) == ["bad.png"]
     packed = [(data / batch["file"]).read_bytes() for batch in manifest["batches"]]
     assert [hashlib.sha256(p).hexdigest() for p in packed] == [batch["sha256"] for batch in manifest["batches"]]
@@ -477,9 +483,9 @@ def test_full_disk_at_every_step(tmp_path, earlier, capsys, monkeypatch):
         monkeypatch.setattr(os, "replace", replace)
         assert "No space left" in error_line(capsys, *arguments) and not list(earlier.glob(".gan-*"))
         faces = gan.load_faces(earlier)[0]
-        assert torch.equal(faces, old) or failing == 3 and len(faces) == 10
+        assert torch.equal(faces, old) or failing == 3 and len(faces) == 15
     monkeypatch.undo()
-    assert gan.main(arguments) == 0 and len(gan.load_faces(earlier)[0]) == 10 and only_ours(earlier)
+    assert gan.main(arguments) == 0 and len(gan.load_faces(earlier)[0]) == 15 and only_ours(earlier)
 
 
 KILLER = """
@@ -517,19 +523,19 @@ def test_sigkill_before_every_file_operation(tmp_path, earlier):
     assert len(counts) >= 10 and counts == sorted(counts, reverse=True) and set(counts) == {64, 3}
     assert len(gan.load_faces(earlier)[0]) == 64 and not only_ours(earlier)  # killed just before the new one stood
     prepared(pack(tmp_path / "photos", PEOPLE), earlier)
-    assert len(seen(earlier)) == 10 and only_ours(earlier)
+    assert len(seen(earlier)) == 15 and only_ours(earlier)
 
 
 def test_ctrl_c_cleans_up(tmp_path, earlier, monkeypatch):
     """Ctrl-C while photos are decoded ends with code 130; the folder is as it was, without scratch files."""
     before, source, face = listing(earlier), pack(tmp_path / "photos", PEOPLE), np.zeros((32, 32, 3), np.uint8)
-    decoded = iter([face] * 3)
+    left = iter([face] * 3)
 
-    def decode(*_, **__):
-        if (found := next(decoded, None)) is None:
+    def decode(*_):
+        if (found := next(left, None)) is None:
             raise KeyboardInterrupt
-        return found
-    monkeypatch.setattr(gan, "decode_face", decode)
+        return [((0, 0, 32, 32), found)], []
+    monkeypatch.setattr(gan, "decode_faces", decode)
     assert gan.main(["prepare", "--dataset", str(source), "--data", str(earlier), "--size", "32"]) == 130
     assert listing(earlier) == before
 
@@ -545,7 +551,7 @@ def test_damaged_file_is_named_and_prepare_mends_it(tmp_path, earlier, capsys, f
     line = error_line(capsys, "train", "--data", earlier, "--run", tmp_path / "run")
     assert str(path if "*" in file else earlier) in line and "prepare" in line
     prepared(pack(tmp_path / "photos", PEOPLE), earlier)
-    assert len(seen(earlier)) == 10 and only_ours(earlier)
+    assert len(seen(earlier)) == 15 and only_ours(earlier)
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-2, 300) | st.floats() | st.text(max_size=5), max_leaves=3,
@@ -625,5 +631,5 @@ def test_download_through_the_real_kagglehub(tmp_path, monkeypatch):
         monkeypatch.setitem(environment._env_to_endpoint, environment.get_env(), f"http://127.0.0.1:{server.server_port}")
         first, again = (prepared(None, tmp_path / "data", download=True) for _ in range(2))
         server.shutdown()
-    assert first == again and sorted(seen(tmp_path / "data")) == [10 * p + n for p in range(5) for n in range(2)]
+    assert first == again and sorted(seen(tmp_path / "data")) == [10 * p + n for p in range(5) for n in range(3)]
     assert asked == [(name, "atulanandjha", "lfwpeople") for name in ("GetDataset", "DownloadDataset", "GetDataset")]
