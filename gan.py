@@ -1994,38 +1994,13 @@ class Pair:
             self.random.manual_seed(self.random.initial_seed() + self.progress.images_seen)
 
 
-class ProgressBar:
-    """Shows how training goes: a bar on a terminal, otherwise a line an epoch."""
-
-    def __init__(self, epochs: int, faces: TrainingFaces, pair: Pair):
-        self.epochs, self.batch_size, self.pair = epochs, faces.batch_size, pair
-        self.images = faces.minibatches * faces.batch_size  # an epoch
-        self.on_terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> ProgressBar:
-        self.bar = tqdm(total=self.epochs * self.images, initial=self.pair.progress.images_seen, unit="img",
-                        smoothing=0.05, disable=not self.on_terminal, dynamic_ncols=True)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def advance(self) -> None:
-        """Count a minibatch. The means of its epoch so far are read, for which a GPU is waited for, only as often as the
-        bar is drawn anew."""
-        if self.bar.update(self.batch_size):
-            discriminator, generator, *_, share = torch.stack(self.pair.rows).mean(0).tolist()
-            self.bar.set_description(f"epoch {self.pair.progress.epoch + 1}/{self.epochs}", refresh=False)
-            self.bar.set_postfix_str(f"acc D {discriminator:.2f} G {generator:.2f}, D trained {share:.0%}", False)
-
-    def line(self, entry: dict) -> None:
-        """Tell of a finished epoch where no bar can."""
-        if not self.on_terminal:
-            seconds = max(entry["seconds"], 0.01)
-            left = tqdm.format_interval((self.epochs - entry["epoch"]) * seconds)
-            say(f"epoch {entry['epoch']}/{self.epochs}: {self.images / seconds:.1f} img/s, {left} left, "
-                f"acc D {entry['discriminator_accuracy']:.2f} G {entry['generator_accuracy']:.2f}, "
-                f"D trained {entry['discriminator_share']:.0%}")
+def describe_epoch(line: dict, images: int, epochs: int) -> str:
+    """A line for the terminal about a finished epoch of so many images: speed, time left, and how both networks do."""
+    seconds = max(line["seconds"], 0.01)
+    left = tqdm.format_interval((epochs - line["epoch"]) * seconds)
+    return (f"epoch {line['epoch']}/{epochs}: {images / seconds:.1f} img/s, {left} left, "
+            f"acc D {line['discriminator_accuracy']:.2f} G {line['generator_accuracy']:.2f}, "
+            f"D trained {line['discriminator_share']:.0%}")
 
 
 class StopRequest:
@@ -2047,8 +2022,8 @@ class StopRequest:
 
 
 def train(settings: TrainSettings) -> int:
-    """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, 130 or 143 when
-    asked to stop, 3 when stopped by --stop-on-collapse."""
+    """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, 130 or 143 when asked to stop, 3 when
+    stopped by --stop-on-collapse."""
     device = pick_device(settings.device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more of them would wait for one another
     faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device)
@@ -2061,16 +2036,16 @@ def train(settings: TrainSettings) -> int:
             return 0
         say(f"{settings.model}, {len(faces.images):,} faces of {faces.size}×{faces.size} pixels, on {device} "
             f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
-        if len(faces.images) < FEW_FACES:
-            say(f"only {len(faces.images)} faces: expect the generator to learn them by heart")
         jury = Jury(run, device)
 
-        with ProgressBar(settings.epochs, faces, pair) as bar:
+        images = faces.minibatches * faces.batch_size  # an epoch
+        with tqdm(total=settings.epochs * images, initial=progress.images_seen, unit="img", smoothing=0.05,
+                  dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
             while progress.epoch < settings.epochs and not stop.code:
                 started = time.monotonic() - progress.seconds
                 for real in faces.epoch(progress.epoch, progress.minibatch):
                     pair.train_on(real)  # measures both networks and trains the one that is behind
-                    bar.advance()
+                    bar.update(faces.batch_size)
                     progress.seconds = time.monotonic() - started
                     if stop.code:
                         break
@@ -2079,7 +2054,7 @@ def train(settings: TrainSettings) -> int:
                     line = pair.finish_epoch()
                     best = jury.consider(pair.averaged, line)  # adds scores to the line, when it is time
                     run.record(pair, line, best)
-                    bar.line(line)
+                    say(describe_epoch(line, images, settings.epochs))
                     if line.get("collapsed") and settings.stop_on_collapse:
                         stop.code = COLLAPSED
             if stop.code:
