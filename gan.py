@@ -1079,7 +1079,7 @@ class DCGAN(Objective):
 class WGAN(Objective):
     """Wasserstein GAN with clipped weights (arXiv 1701.07875)."""
     learning_rate = 5e-5
-    afterwards = 1  # a critic cannot be too good: what it teaches gets better (the README's table)
+    afterwards = 1  # a critic cannot be too good: what it teaches gets better (tests/RESULTS.md)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.RMSprop(network.parameters(), self.learning_rate, capturable=on_gpu(network))
@@ -1106,7 +1106,7 @@ class WGANGP(WGAN):
     """Wasserstein GAN with gradient penalty (arXiv 1704.00028)."""
     norm = InstanceNorm  # BatchNorm would tie a sample's gradient to the rest of its minibatch
     constrain = Objective.constrain  # the penalty takes the place of the clipping
-    learning_rate = 4e-4  # four times the paper's: with averaging, faces are nearer to real ones (the README's table)
+    learning_rate = 4e-4  # four times the paper's: with averaging, faces are nearer to real ones (tests/RESULTS.md)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return self.adam(network, betas=(0.0, 0.999))
