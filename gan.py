@@ -53,6 +53,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -60,8 +61,9 @@ from functools import cache, partial
 from http.client import LineTooLong
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Callable, Iterator, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -538,7 +540,7 @@ def draw_face_array(seed: int, index: int, size: int) -> np.ndarray:
     return np.asarray(draw_face(np.random.default_rng([seed, index]), size))
 
 
-def atomic_write(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that a kill or a power cut at any moment leaves either the old content or the new one.
 
     Temporary file in the same folder -> flush -> fsync -> replace -> fsync of the folder. OSErrors name `path`."""
@@ -911,7 +913,7 @@ class Generator(nn.Module):
         layers = [nn.ConvTranspose2d(LATENT_SIZE, channels[0], base, bias=False),  # (N, 512, 5, 5)
                   Bias(channels[0], base, base),  # or z = 0 would be the same everywhere: no face, and few near it
                   nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
-        for before, after in zip(channels, channels[1:]):  # (N, 256, 10, 10), (N, 128, 20, 20), (N, 64, 40, 40)
+        for before, after in pairwise(channels):  # (N, 256, 10, 10), (N, 128, 20, 20), (N, 64, 40, 40)
             layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
                        nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         layers += [nn.ConvTranspose2d(channels[-1], 3, 4, stride=2, padding=1, bias=False), nn.Tanh()]  # (N, 3, 80, 80)
@@ -937,7 +939,7 @@ class Discriminator(nn.Module):
         base, channels = stage_channels(size, width)
         channels = channels[::-1]
         layers = [nn.Conv2d(3, channels[0], 4, stride=2, padding=1, bias=False), nn.LeakyReLU(0.2)]  # (N, 64, 40, 40)
-        for before, after in zip(channels, channels[1:]):  # (N, 128, 20, 20), (N, 256, 10, 10), (N, 512, 5, 5)
+        for before, after in pairwise(channels):  # (N, 128, 20, 20), (N, 256, 10, 10), (N, 512, 5, 5)
             layers += [nn.Conv2d(before, after, 4, stride=2, padding=1, bias=False), norm(after), nn.LeakyReLU(0.2)]
         layers += [Score(channels[-1], 1, base, bias=False)]  # (N, 1, 1, 1)
         self.layers = nn.Sequential(*layers)
@@ -950,23 +952,23 @@ class Discriminator(nn.Module):
 
         It is written as an ordinary forward expression, from the last layer to the first, so that a loss made of it
         needs no second derivative from autograd: an update takes a tenth less time and can be captured or compiled."""
-        passed = []
+        steps: list[Callable[[Tensor], Tensor]] = []  # from the gradient by a layer's output to the one by its input
         for layer in self.layers:
-            factor = None
             if isinstance(layer, InstanceNorm):
-                x, factor = layer.normalise(x)
-            else:
-                x = layer(x)
-            passed.append((layer, x, factor))
-            x = layer.scale_and_shift(x) if factor is not None else x
-        gradient = torch.ones_like(x)
-        for layer, output, factor in reversed(passed):
+                normal, factor = layer.normalise(x)
+                x = layer.scale_and_shift(normal)
+                steps.append(partial(layer.input_gradient, normal=normal, factor=factor))
+                continue
+            x = layer(x)
             if isinstance(layer, nn.Conv2d):
-                gradient = F.conv_transpose2d(gradient, layer.weight, None, layer.stride, layer.padding)
-            elif isinstance(layer, nn.LeakyReLU):  # torch.where takes twenty times as long
-                gradient = torch.ops.aten.leaky_relu_backward(gradient, output, layer.negative_slope, True)
-            else:
-                gradient = layer.input_gradient(gradient, output, factor)
+                steps.append(partial(F.conv_transpose2d, weight=layer.weight, stride=layer.stride,
+                                     padding=layer.padding))  # type: ignore[arg-type]  # may be "same", not here
+            else:  # LeakyReLU; torch.where takes twenty times as long
+                steps.append(partial(torch.ops.aten.leaky_relu_backward, self=x, negative_slope=layer.negative_slope,
+                                     self_is_result=True))
+        gradient = torch.ones_like(x)
+        for step in reversed(steps):
+            gradient = step(gradient)
         return gradient
 
 
@@ -1220,7 +1222,7 @@ def kept_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def find_run(named: str | None) -> Path:
-    """The run folder that --run names; None: the run in runs/ that was saved last, the demo's only where it is alone."""
+    """The run folder that --run names; None: the run in runs/ that was saved last, the demo's only if alone."""
     saved = sorted(Path("runs").glob("*/last.pt"), key=lambda path: (path.parent != DEMO_RUN, path.stat().st_mtime))
     if not (named or saved):
         raise UserError("no run in runs/: train one with `gan.py train`, or name yours with --run")
@@ -1306,7 +1308,7 @@ def append_log(run: Path, line: dict) -> None:
 
 
 def draw_curves(run: Path, lines: list[dict]) -> None:
-    """Draw curves.png: accuracies, losses, the share of discriminator updates and the judge's scores over the epochs."""
+    """Draw curves.png: accuracies, losses, share of discriminator updates and the judge's scores over the epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     judged = [line for line in lines if "scores" in line]
@@ -1352,15 +1354,16 @@ def check_resumable(settings: TrainSettings, faces: TrainingFaces, state: dict, 
         raise UserError(f"{run} was begun with {', '.join(changed)}: say the same again, or name another --run")
     foreign = [f"{file['file']} was not among them" for file in faces.files if file["sha256"] not in state["faces"]]
     if foreign or len(faces.files) != len(state["faces"]):
-        raise UserError(f"the faces changed since {run} began: {Path(settings.data) / (foreign or ['manifest.json lists fewer'])[0]}. "
-                        "Prepare them again as they were, or name another --run")
+        change = Path(settings.data) / (foreign or ["manifest.json lists fewer"])[0]
+        raise UserError(f"the faces changed since {run} began: {change}. Prepare them again as they were, or name "
+                        "another --run")
 
 
 class Writer:
     """Writes a run's files in a thread of its own, in the order of asking, so that training need not wait for a disk.
 
-    After a failure nothing more is written, so that no checkpoint stands for pictures that are not there; who asks next, or
-    the end, raises it."""
+    After a failure nothing more is written, so that no checkpoint stands for pictures that are not there; who asks
+    next, or the end, raises it."""
     MOST_WAITING = 4  # then asking waits: what is to be written is in memory
 
     def __enter__(self) -> Writer:
@@ -1423,8 +1426,8 @@ def is_kept(epoch: int, every: int | None, per_doubling: int) -> bool:
 
 
 class Run:
-    """A run's folder while it is trained: its state on disk, its log, its pictures. Enter it to hold the folder; leaving
-    it waits for what is still to be written."""
+    """A run's folder while it is trained: its state on disk, its log, its pictures. Enter it to hold the folder;
+    leaving it waits for what is still to be written."""
     GRIDS_PER_DOUBLING = 35  # each epoch up to 50, then 2 % apart: some 250 of 3,000 epochs
     CHECKPOINTS_PER_DOUBLING = 1  # 1, 2, 4, 8, …
 
@@ -1478,9 +1481,10 @@ class Run:
             self.writer.finish()
             good = [epoch for epoch in kept_checkpoints(self.path) if epoch <= pair.progress.epoch]
             again = f"gan.py train --run {self.path}"
-            raise UserError(f"{problem}: stopped, {self.path / 'last.pt'} is from before. The last good kept checkpoint is "
-                            + (f"epoch {good[-1]}; go on from it with: {again} --checkpoint {good[-1]}" if good else
-                               f"none yet; last.pt is gone on from with: {again}"))
+            kept = (f"epoch {good[-1]}; go on from it with: {again} --checkpoint {good[-1]}" if good else
+                    f"none yet; last.pt is gone on from with: {again}")
+            raise UserError(f"{problem}: stopped, {self.path / 'last.pt'} is from before. The last good kept "
+                            f"checkpoint is {kept}")
 
     def record(self, pair: Pair, line: dict, best: bool) -> None:
         """Write what is due after an epoch: its line of the log, grids, curves, checkpoints."""
@@ -1635,8 +1639,8 @@ class SlicedWasserstein:
 
 
 def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Multi-scale structural similarity of uint8 images (N, 3, S, S), pair by pair, (N,); 1 for equal ones (Wang et al.,
-    2003). Of the five scales those are used at which the 11-pixel window fits, their weights scaled to a sum of 1."""
+    """Multi-scale structural similarity of uint8 images (N, 3, S, S), pair by pair, (N,); 1 for equal ones (Wang et
+    al., 2003). Of the five scales those are used at which the 11-pixel window fits, their weights scaled to sum 1."""
     offsets = torch.arange(11, device=a.device) - 5
     window = torch.exp(-offsets.square() / (2 * 1.5 ** 2))
     window = (window / window.sum()).expand(3, 1, 1, 11)
@@ -1644,7 +1648,7 @@ def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
 
     def blurred(x: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, window, groups=3), window.transpose(2, 3), groups=3)
-    a, b, result = a.float(), b.float(), 1.0
+    a, b, result = a.float(), b.float(), torch.ones(len(a), device=a.device)
     for level, weight in enumerate(weights):
         mean_a, mean_b = blurred(a), blurred(b)
         variances = blurred(a * a) + blurred(b * b) - mean_a ** 2 - mean_b ** 2
@@ -1671,8 +1675,8 @@ class Judge:
         """uint8 training faces and held-out ones. UserError where these are too few to judge by."""
         self.count, self.device = min(JUDGED_FACES, len(held_out)), device
         if self.count < LEAST_JUDGED:
-            raise UserError(f"{len(held_out)} held-out faces are too few to judge by: at least {LEAST_JUDGED} are needed, "
-                            "which prepare sets apart from 500 photos or what --limit leaves over")
+            raise UserError(f"{len(held_out)} held-out faces are too few to judge by: at least {LEAST_JUDGED} are "
+                            "needed, which prepare sets apart from 500 photos or what --limit leaves over")
         real, self.faces = held_out[:self.count].to(device), faces[:2 * JUDGED_FACES]
         self.space = FeatureSpace(self.faces.to(device))
         self.real, self.training = self.space(real), self.space(self.faces.to(device))
@@ -1755,8 +1759,9 @@ class Jury:
         if line["collapsed"] and not collapsed(self.judged[:-1]):
             path = self.run.path / f"collapse-{line['epoch']:05d}.png"
             self.run.writer.ask(write_grid, path, self.judge.most_similar(drawn))
-            say(f"the faces have collapsed (epoch {line['epoch']}: coverage {line['scores']['coverage']:.2f}, similarity "
-                f"{line['scores']['ms_ssim']:.2f}, of real ones {line['scores']['ms_ssim_real']:.2f}): look at {path}; "
+            scores = line["scores"]
+            say(f"the faces have collapsed (epoch {line['epoch']}: coverage {scores['coverage']:.2f}, similarity "
+                f"{scores['ms_ssim']:.2f}, of real ones {scores['ms_ssim_real']:.2f}): look at {path}; "
                 "best.pt is from before")
         better = line["scores"]["frechet"] < self.best
         self.best = min(self.best, line["scores"]["frechet"])
@@ -1778,8 +1783,8 @@ def judge(settings: JudgeSettings) -> int:
             data = Path(settings.data or facts["data"])
             jury = Judge(load_faces(data)[0], load_faces(data, "held_out")[0], device)
             if not settings.json:
-                say(f"{jury.count} drawn faces against as many of {data} that were held out\n"
-                    + f"{'checkpoint':14s}{'epoch':>7s}" + "".join(f"{name:>13s}" for name in SCORES))
+                say(f"{jury.count} drawn faces against as many of {data} that were held out")
+                say(f"{'checkpoint':14s}{'epoch':>7s}" + "".join(f"{name:>13s}" for name in SCORES))
         scores = jury.score(draw(generator, draw_latents(jury.count, settings.seed)))
         lines.append({"checkpoint": str(path), "epoch": facts["epoch"], **scores})
         if not settings.json:
@@ -1949,7 +1954,8 @@ class Pair:
         """What of the networks and of this epoch's losses is not a finite number; empty where all is well."""
         epoch = self.progress.epoch + 1
         for name, network in self.networks().items():
-            if not torch.stack([weight.isfinite().all() for weight in network.parameters()]).all():  # one wait, not forty
+            finite = torch.stack([weight.isfinite().all() for weight in network.parameters()])
+            if not finite.all():  # one wait for a GPU, not forty
                 return f"the weights of the {name} are not finite in epoch {epoch}"
         bad = ~torch.stack(self.rows)[:, 2:4].isfinite()
         if bad.any():
@@ -1965,7 +1971,8 @@ class Pair:
         seconds, self.rows, progress = self.progress.seconds, [], self.progress
         progress.epoch, progress.minibatch, progress.seconds = progress.epoch + 1, 0, 0.0
         return {"epoch": progress.epoch, "images_seen": progress.images_seen,
-                "discriminator_updates": progress.discriminator_updates, "generator_updates": progress.generator_updates,
+                "discriminator_updates": progress.discriminator_updates,
+                "generator_updates": progress.generator_updates,
                 **{name: None if math.isnan(mean) else round(mean, 6) for name, mean in means.items()},
                 "seconds": round(seconds, 2)}
 
@@ -2477,12 +2484,13 @@ def command_demo(settings: DemoSettings) -> int:
     return code or serve(EvalSettings(run=run, port=settings.port))
 
 
-COMMANDS = {"prepare": (PrepareSettings, command_prepare, "turn photos into a dataset"),
-            "train": (TrainSettings, train, "train a GAN; the same command goes on where it stopped"),
-            "judge": (JudgeSettings, judge, "measure how near a run's faces are to real ones"),
-            "generate": (GenerateSettings, generate, "draw faces into PNG files"),
-            "eval": (EvalSettings, serve, "make faces with sliders in the browser"),
-            "demo": (DemoSettings, command_demo, "try it all on drawn faces, in a few minutes")}
+COMMANDS: dict[str, tuple[type, Callable, str]] = {
+    "prepare": (PrepareSettings, command_prepare, "turn photos into a dataset"),
+    "train": (TrainSettings, train, "train a GAN; the same command goes on where it stopped"),
+    "judge": (JudgeSettings, judge, "measure how near a run's faces are to real ones"),
+    "generate": (GenerateSettings, generate, "draw faces into PNG files"),
+    "eval": (EvalSettings, serve, "make faces with sliders in the browser"),
+    "demo": (DemoSettings, command_demo, "try it all on drawn faces, in a few minutes")}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -2513,7 +2521,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 success, 1 failure, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a file's name may be more than the terminal can show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be more than the terminal can show
     arguments = vars(make_parser().parse_args(argv))
     declaration, command, _ = COMMANDS[arguments.pop("command")]
     try:
