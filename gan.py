@@ -48,11 +48,11 @@ import sys
 import tarfile
 import threading
 import time
-import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -60,8 +60,9 @@ from functools import cache, partial
 from http.client import LineTooLong
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, TextIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -185,8 +186,8 @@ class PrepareSettings:
     download: bool = setting(False, "fetch the Kaggle dataset atulanandjha/lfwpeople (needs: pip install kagglehub)")
     data: str = setting("data", "folder to write the dataset to", metavar="DIR")
     size: int = setting(80, "side of a face in pixels", one_of(*image_sizes()), "PIXELS")
-    crop: str | float = setting(0.5, "'face' (every face that is found; needs OpenCV) or the central share of width and "
-                                "height to keep, 1 for all", crop_rule, "SHARE|face")
+    crop: str | float = setting(0.5, "'face' (every face that is found; needs OpenCV) or the central share of width "
+                                "and height to keep, 1 for all", crop_rule, "SHARE|face")
     per_person: int = setting(0, "photos of one folder (one person) at most, 0 for two of each and, while --limit is "
                               "not reached, more", between(0, 10**6), "N")
     limit: int = setting(2000, "faces to train on at most, 0 for all", between(0, 10**7), "N")
@@ -430,7 +431,8 @@ def choose_held_out(names: list[str], limit: int) -> list[str]:
             held_out.update(small.pop(0))
     else:
         turn = turns(names, person)
-        held_out.update(sorted(reversed(names), key=lambda name: -turn[name] / len(photos[person[name]]))[:wanted])
+        late = sorted(names, key=lambda name: turn[name] / len(photos[person[name]]))
+        held_out.update(late[len(names) - wanted:])
     return [name for name in names if name in held_out]
 
 
@@ -458,7 +460,7 @@ def open_photo(data: bytes, enough: float = math.inf) -> tuple[Image.Image, floa
     """Decode a photo, upright as its EXIF says and in RGB. Where `enough` pixels of width and height will do, a JPEG
     decoder shrinks larger photos for free.
 
-    Returns (image, how many of the photo's pixels one of its pixels stands for). ValueError says in one line why not."""
+    Returns (image, how many of the photo's pixels one of its own stands for). ValueError says in one line why not."""
     try:
         image = Image.open(io.BytesIO(data), formats=image_formats())
         full = max(image.size)
@@ -487,8 +489,8 @@ class Face:
 
 
 def face_detector():
-    """This thread's own detector of faces, as it is not safe to share: the frontal-face cascade in OpenCV's wheel (Viola
-    and Jones 2001; Lienhart, Kuranov and Pisarevsky 2003). UserError without OpenCV 4."""
+    """This thread's own detector of faces, as it is not safe to share: the frontal-face cascade in OpenCV's wheel
+    (Viola and Jones 2001; Lienhart, Kuranov and Pisarevsky 2003). UserError without OpenCV 4."""
     if not hasattr(THREAD, "detector"):
         with OPENCV:
             try:
@@ -512,7 +514,7 @@ def find_faces(image: Image.Image) -> list[Box]:
     squares: list[Box] = []
     for left, top, side, _ in sorted(np.reshape(found, (-1, 4)).tolist(), key=lambda box: -box[2]):
         x, y, half = scale * (left + side / 2), scale * (top + side / 2), scale * 1.1 * side / 2
-        if not any(l < x < r and t < y < b for l, t, r, b in squares):  # else it is the same face, or a part of it
+        if not any(box[0] < x < box[2] and box[1] < y < box[3] for box in squares):  # else it is of one of their faces
             squares.append((x - half, y - half, x + half, y + half))
     return squares
 
@@ -652,7 +654,7 @@ def draw_face_array(seed: int, index: int, size: int) -> np.ndarray:
     return np.asarray(draw_face(np.random.default_rng([seed, index]), size))
 
 
-def atomic_write(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that a kill or a power cut at any moment leaves either the old content or the new one.
 
     Temporary file in the same folder -> flush -> fsync -> replace -> fsync of the folder. OSErrors name `path`."""
@@ -727,7 +729,7 @@ def find_source(settings: PrepareSettings) -> Path:
 
 @contextmanager
 def quiet_libraries() -> Iterator[TextIO]:
-    """Keep what is written to stderr from it, as libtiff tells its thoughts on each photo; yields a stream to stderr."""
+    """Keep from stderr what is written there, as libtiff has words for each photo; yields a stream that reaches it."""
     with os.fdopen(os.dup(2), "w") as terminal, open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
         try:
@@ -807,12 +809,12 @@ class Photos:
         kinds = Counter(suffix_of(name) for name, problem in self.skipped.items() if problem == NOT_READ)
         skipped = [{"file": name, "reason": self.skipped[name]} for name in sorted(self.skipped)
                    if self.skipped[name] != NOT_READ]
-        readable = sum(not entry.problem for entry in self.entries.values())
+        faces = {name: reasons for name, reasons in sorted(self.skipped_faces.items()) if reasons}
         over = len(self.names) - used - held_out - sum(name in self.skipped for name in self.names)
         return {"source": str(self.source or "drawn faces"), "photos_found": len(self.entries),
-                "files": {"used": used, "held_out": held_out, "left_by_per_person": readable - len(self.names),
+                "files": {"used": used, "held_out": held_out, "left_by_per_person": len(self.person) - len(self.names),
                           "left_by_limit": over, "skipped": len(skipped), "not_read": dict(kinds)},
-                "skipped": skipped, "skipped_faces": {name: why for name, why in sorted(self.skipped_faces.items()) if why}}
+                "skipped": skipped, "skipped_faces": faces}
 
 
 def drawn_photo(seed: int, index: int, size: int) -> bytes:
@@ -849,9 +851,8 @@ def collect_faces(settings: PrepareSettings, file: BinaryIO) -> tuple[list[Face]
     facts = photos.account(*(len({face.photo for face in kind}) for kind in (faces, held_out)))
     if not faces:
         first = "".join(f": {item['file']!a} {item['reason']}, for one" for item in facts["skipped"][:1])
-        raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders and "
-                        f"skipped {len(photos.skipped)}{first}"
-                        f"{unread_text(facts['files']['not_read'])}")
+        raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders "
+                        f"and skipped {len(facts['skipped'])}{first}{unread_text(facts['files']['not_read'])}")
     return faces, held_out, facts
 
 
@@ -894,8 +895,8 @@ def write_dataset(settings: PrepareSettings, scratch: Path) -> dict:
         write_pngs(Path(settings.png), images, number * BATCH_FILE_FACES)
     told = not settings.demo and settings.crop != "face" and len(first) >= 20  # fewer would say nothing
     return {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size, "count": len(faces),
-            "crops_with_face": crops_with_face(first[:50]) if told else None, **facts, "settings": asdict(settings), "batches": batches,
-            "held_out": held_out_batches, "faces": [face.where() for face in faces],
+            "crops_with_face": crops_with_face(first[:50]) if told else None, **facts, "settings": asdict(settings),
+            "batches": batches, "held_out": held_out_batches, "faces": [face.where() for face in faces],
             "held_out_faces": [face.where() for face in held_out]}
 
 
@@ -1141,7 +1142,7 @@ class Generator(nn.Module):
         layers = [nn.ConvTranspose2d(LATENT_SIZE, channels[0], base, bias=False),  # (N, 512, 5, 5)
                   Bias(channels[0], base, base),  # or z = 0 would be the same everywhere: no face, and few near it
                   nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
-        for before, after in zip(channels, channels[1:]):  # (N, 256, 10, 10), (N, 128, 20, 20), (N, 64, 40, 40)
+        for before, after in pairwise(channels):  # (N, 256, 10, 10), (N, 128, 20, 20), (N, 64, 40, 40)
             layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
                        nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         layers += [nn.ConvTranspose2d(channels[-1], 3, 4, stride=2, padding=1, bias=False), nn.Tanh()]  # (N, 3, 80, 80)
@@ -1167,7 +1168,7 @@ class Discriminator(nn.Module):
         base, channels = stage_channels(size, width)
         channels = channels[::-1]
         layers = [nn.Conv2d(3, channels[0], 4, stride=2, padding=1, bias=False), nn.LeakyReLU(0.2)]  # (N, 64, 40, 40)
-        for before, after in zip(channels, channels[1:]):  # (N, 128, 20, 20), (N, 256, 10, 10), (N, 512, 5, 5)
+        for before, after in pairwise(channels):  # (N, 128, 20, 20), (N, 256, 10, 10), (N, 512, 5, 5)
             layers += [nn.Conv2d(before, after, 4, stride=2, padding=1, bias=False), norm(after), nn.LeakyReLU(0.2)]
         layers += [Score(channels[-1], 1, base, bias=False)]  # (N, 1, 1, 1)
         self.layers = nn.Sequential(*layers)
@@ -1180,23 +1181,23 @@ class Discriminator(nn.Module):
 
         It is written as an ordinary forward expression, from the last layer to the first, so that a loss made of it
         needs no second derivative from autograd: an update takes a tenth less time and can be captured or compiled."""
-        passed = []
+        steps: list[Callable[[Tensor], Tensor]] = []  # from the gradient by a layer's output to the one by its input
         for layer in self.layers:
-            factor = None
             if isinstance(layer, InstanceNorm):
-                x, factor = layer.normalise(x)
-            else:
-                x = layer(x)
-            passed.append((layer, x, factor))
-            x = layer.scale_and_shift(x) if factor is not None else x
-        gradient = torch.ones_like(x)
-        for layer, output, factor in reversed(passed):
+                normal, factor = layer.normalise(x)
+                x = layer.scale_and_shift(normal)
+                steps.append(partial(layer.input_gradient, normal=normal, factor=factor))
+                continue
+            x = layer(x)
             if isinstance(layer, nn.Conv2d):
-                gradient = F.conv_transpose2d(gradient, layer.weight, None, layer.stride, layer.padding)
-            elif isinstance(layer, nn.LeakyReLU):  # torch.where takes twenty times as long
-                gradient = torch.ops.aten.leaky_relu_backward(gradient, output, layer.negative_slope, True)
-            else:
-                gradient = layer.input_gradient(gradient, output, factor)
+                steps.append(partial(F.conv_transpose2d, weight=layer.weight, stride=layer.stride,
+                                     padding=layer.padding))  # type: ignore[arg-type]  # may be "same", not here
+            else:  # LeakyReLU; torch.where takes twenty times as long
+                steps.append(partial(torch.ops.aten.leaky_relu_backward, self=x, negative_slope=layer.negative_slope,
+                                     self_is_result=True))
+        gradient = torch.ones_like(x)
+        for step in reversed(steps):
+            gradient = step(gradient)
         return gradient
 
 
@@ -1309,7 +1310,7 @@ class DCGAN(Objective):
 class WGAN(Objective):
     """Wasserstein GAN with clipped weights (arXiv 1701.07875)."""
     learning_rate = 5e-5
-    afterwards = 1  # a critic cannot be too good: what it teaches gets better (the README's table)
+    afterwards = 1  # a critic cannot be too good: what it teaches gets better (tests/RESULTS.md)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.RMSprop(network.parameters(), self.learning_rate, capturable=on_gpu(network))
@@ -1336,7 +1337,7 @@ class WGANGP(WGAN):
     """Wasserstein GAN with gradient penalty (arXiv 1704.00028)."""
     norm = InstanceNorm  # BatchNorm would tie a sample's gradient to the rest of its minibatch
     constrain = Objective.constrain  # the penalty takes the place of the clipping
-    learning_rate = 4e-4  # four times the paper's: with averaging, faces are nearer to real ones (the README's table)
+    learning_rate = 4e-4  # four times the paper's: with averaging, faces are nearer to real ones (tests/RESULTS.md)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return self.adam(network, betas=(0.0, 0.999))
@@ -1450,7 +1451,7 @@ def kept_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def find_run(named: str | None) -> Path:
-    """The run folder that --run names; None: the run in runs/ that was saved last, the demo's only where it is alone."""
+    """The run folder that --run names; None: the run in runs/ that was saved last, the demo's only if alone."""
     saved = sorted(Path("runs").glob("*/last.pt"), key=lambda path: (path.parent != DEMO_RUN, path.stat().st_mtime))
     if not (named or saved):
         raise UserError("no run in runs/: train one with `gan.py train`, or name yours with --run")
@@ -1536,7 +1537,7 @@ def append_log(run: Path, line: dict) -> None:
 
 
 def draw_curves(run: Path, lines: list[dict]) -> None:
-    """Draw curves.png: accuracies, losses, the share of discriminator updates and the judge's scores over the epochs."""
+    """Draw curves.png: accuracies, losses, share of discriminator updates and the judge's scores over the epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     judged = [line for line in lines if "scores" in line]
@@ -1582,15 +1583,16 @@ def check_resumable(settings: TrainSettings, faces: TrainingFaces, state: dict, 
         raise UserError(f"{run} was begun with {', '.join(changed)}: say the same again, or name another --run")
     foreign = [f"{file['file']} was not among them" for file in faces.files if file["sha256"] not in state["faces"]]
     if foreign or len(faces.files) != len(state["faces"]):
-        raise UserError(f"the faces changed since {run} began: {Path(settings.data) / (foreign or ['manifest.json lists fewer'])[0]}. "
-                        "Prepare them again as they were, or name another --run")
+        change = Path(settings.data) / (foreign or ["manifest.json lists fewer"])[0]
+        raise UserError(f"the faces changed since {run} began: {change}. Prepare them again as they were, or name "
+                        "another --run")
 
 
 class Writer:
     """Writes a run's files in a thread of its own, in the order of asking, so that training need not wait for a disk.
 
-    After a failure nothing more is written, so that no checkpoint stands for pictures that are not there; who asks next, or
-    the end, raises it."""
+    After a failure nothing more is written, so that no checkpoint stands for pictures that are not there; who asks
+    next, or the end, raises it."""
     MOST_WAITING = 4  # then asking waits: what is to be written is in memory
 
     def __enter__(self) -> Writer:
@@ -1653,8 +1655,8 @@ def is_kept(epoch: int, every: int | None, per_doubling: int) -> bool:
 
 
 class Run:
-    """A run's folder while it is trained: its state on disk, its log, its pictures. Enter it to hold the folder; leaving
-    it waits for what is still to be written."""
+    """A run's folder while it is trained: its state on disk, its log, its pictures. Enter it to hold the folder;
+    leaving it waits for what is still to be written."""
     GRIDS_PER_DOUBLING = 35  # each epoch up to 50, then 2 % apart: some 250 of 3,000 epochs
     CHECKPOINTS_PER_DOUBLING = 1  # 1, 2, 4, 8, …
 
@@ -1708,9 +1710,10 @@ class Run:
             self.writer.finish()
             good = [epoch for epoch in kept_checkpoints(self.path) if epoch <= pair.progress.epoch]
             again = f"gan.py train --run {self.path}"
-            raise UserError(f"{problem}: stopped, {self.path / 'last.pt'} is from before. The last good kept checkpoint is "
-                            + (f"epoch {good[-1]}; go on from it with: {again} --checkpoint {good[-1]}" if good else
-                               f"none yet; last.pt is gone on from with: {again}"))
+            kept = (f"epoch {good[-1]}; go on from it with: {again} --checkpoint {good[-1]}" if good else
+                    f"none yet; last.pt is gone on from with: {again}")
+            raise UserError(f"{problem}: stopped, {self.path / 'last.pt'} is from before. The last good kept "
+                            f"checkpoint is {kept}")
 
     def record(self, pair: Pair, line: dict, best: bool) -> None:
         """Write what is due after an epoch: its line of the log, grids, curves, checkpoints."""
@@ -1865,8 +1868,8 @@ class SlicedWasserstein:
 
 
 def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Multi-scale structural similarity of uint8 images (N, 3, S, S), pair by pair, (N,); 1 for equal ones (Wang et al.,
-    2003). Of the five scales those are used at which the 11-pixel window fits, their weights scaled to a sum of 1."""
+    """Multi-scale structural similarity of uint8 images (N, 3, S, S), pair by pair, (N,); 1 for equal ones (Wang et
+    al., 2003). Of the five scales those are used at which the 11-pixel window fits, their weights scaled to sum 1."""
     offsets = torch.arange(11, device=a.device) - 5
     window = torch.exp(-offsets.square() / (2 * 1.5 ** 2))
     window = (window / window.sum()).expand(3, 1, 1, 11)
@@ -1874,7 +1877,7 @@ def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
 
     def blurred(x: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, window, groups=3), window.transpose(2, 3), groups=3)
-    a, b, result = a.float(), b.float(), 1.0
+    a, b, result = a.float(), b.float(), torch.ones(len(a), device=a.device)
     for level, weight in enumerate(weights):
         mean_a, mean_b = blurred(a), blurred(b)
         variances = blurred(a * a) + blurred(b * b) - mean_a ** 2 - mean_b ** 2
@@ -1901,8 +1904,8 @@ class Judge:
         """uint8 training faces and held-out ones. UserError where these are too few to judge by."""
         self.count, self.device = min(JUDGED_FACES, len(held_out)), device
         if self.count < LEAST_JUDGED:
-            raise UserError(f"{len(held_out)} held-out faces are too few to judge by: at least {LEAST_JUDGED} are needed, "
-                            "which prepare sets apart from 500 photos or what --limit leaves over")
+            raise UserError(f"{len(held_out)} held-out faces are too few to judge by: at least {LEAST_JUDGED} are "
+                            "needed, which prepare sets apart from 500 photos or what --limit leaves over")
         real, self.faces = held_out[:self.count].to(device), faces[:2 * JUDGED_FACES]
         self.space = FeatureSpace(self.faces.to(device))
         self.real, self.training = self.space(real), self.space(self.faces.to(device))
@@ -1985,8 +1988,9 @@ class Jury:
         if line["collapsed"] and not collapsed(self.judged[:-1]):
             path = self.run.path / f"collapse-{line['epoch']:05d}.png"
             self.run.writer.ask(write_grid, path, self.judge.most_similar(drawn))
-            say(f"the faces have collapsed (epoch {line['epoch']}: coverage {line['scores']['coverage']:.2f}, similarity "
-                f"{line['scores']['ms_ssim']:.2f}, of real ones {line['scores']['ms_ssim_real']:.2f}): look at {path}; "
+            scores = line["scores"]
+            say(f"the faces have collapsed (epoch {line['epoch']}: coverage {scores['coverage']:.2f}, similarity "
+                f"{scores['ms_ssim']:.2f}, of real ones {scores['ms_ssim_real']:.2f}): look at {path}; "
                 "best.pt is from before")
         better = line["scores"]["frechet"] < self.best
         self.best = min(self.best, line["scores"]["frechet"])
@@ -2008,8 +2012,8 @@ def judge(settings: JudgeSettings) -> int:
             data = Path(settings.data or facts["data"])
             jury = Judge(load_faces(data)[0], load_faces(data, "held_out")[0], device)
             if not settings.json:
-                say(f"{jury.count} drawn faces against as many of {data} that were held out\n"
-                    + f"{'checkpoint':14s}{'epoch':>7s}" + "".join(f"{name:>13s}" for name in SCORES))
+                say(f"{jury.count} drawn faces against as many of {data} that were held out")
+                say(f"{'checkpoint':14s}{'epoch':>7s}" + "".join(f"{name:>13s}" for name in SCORES))
         scores = jury.score(draw(generator, draw_latents(jury.count, settings.seed)))
         lines.append({"checkpoint": str(path), "epoch": facts["epoch"], **scores})
         if not settings.json:
@@ -2179,7 +2183,8 @@ class Pair:
         """What of the networks and of this epoch's losses is not a finite number; empty where all is well."""
         epoch = self.progress.epoch + 1
         for name, network in self.networks().items():
-            if not torch.stack([weight.isfinite().all() for weight in network.parameters()]).all():  # one wait, not forty
+            finite = torch.stack([weight.isfinite().all() for weight in network.parameters()])
+            if not finite.all():  # one wait for a GPU, not forty
                 return f"the weights of the {name} are not finite in epoch {epoch}"
         bad = ~torch.stack(self.rows)[:, 2:4].isfinite()
         if bad.any():
@@ -2195,7 +2200,8 @@ class Pair:
         seconds, self.rows, progress = self.progress.seconds, [], self.progress
         progress.epoch, progress.minibatch, progress.seconds = progress.epoch + 1, 0, 0.0
         return {"epoch": progress.epoch, "images_seen": progress.images_seen,
-                "discriminator_updates": progress.discriminator_updates, "generator_updates": progress.generator_updates,
+                "discriminator_updates": progress.discriminator_updates,
+                "generator_updates": progress.generator_updates,
                 **{name: None if math.isnan(mean) else round(mean, 6) for name, mean in means.items()},
                 "seconds": round(seconds, 2)}
 
@@ -2224,38 +2230,13 @@ class Pair:
             self.random.manual_seed(self.random.initial_seed() + self.progress.images_seen)
 
 
-class ProgressBar:
-    """Shows how training goes: a bar on a terminal, otherwise a line an epoch."""
-
-    def __init__(self, epochs: int, faces: TrainingFaces, pair: Pair):
-        self.epochs, self.batch_size, self.pair = epochs, faces.batch_size, pair
-        self.images = faces.minibatches * faces.batch_size  # an epoch
-        self.on_terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> ProgressBar:
-        self.bar = tqdm(total=self.epochs * self.images, initial=self.pair.progress.images_seen, unit="img",
-                        smoothing=0.05, disable=not self.on_terminal, dynamic_ncols=True)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def advance(self) -> None:
-        """Count a minibatch. The means of its epoch so far are read, for which a GPU is waited for, only as often as the
-        bar is drawn anew."""
-        if self.bar.update(self.batch_size):
-            discriminator, generator, *_, share = torch.stack(self.pair.rows).mean(0).tolist()
-            self.bar.set_description(f"epoch {self.pair.progress.epoch + 1}/{self.epochs}", refresh=False)
-            self.bar.set_postfix_str(f"acc D {discriminator:.2f} G {generator:.2f}, D trained {share:.0%}", False)
-
-    def line(self, entry: dict) -> None:
-        """Tell of a finished epoch where no bar can."""
-        if not self.on_terminal:
-            seconds = max(entry["seconds"], 0.01)
-            left = tqdm.format_interval((self.epochs - entry["epoch"]) * seconds)
-            say(f"epoch {entry['epoch']}/{self.epochs}: {self.images / seconds:.1f} img/s, {left} left, "
-                f"acc D {entry['discriminator_accuracy']:.2f} G {entry['generator_accuracy']:.2f}, "
-                f"D trained {entry['discriminator_share']:.0%}")
+def describe_epoch(line: dict, images: int, epochs: int) -> str:
+    """A line for the terminal about a finished epoch of so many images: speed, time left, and how both networks do."""
+    seconds = max(line["seconds"], 0.01)
+    left = tqdm.format_interval((epochs - line["epoch"]) * seconds)
+    return (f"epoch {line['epoch']}/{epochs}: {images / seconds:.1f} img/s, {left} left, "
+            f"acc D {line['discriminator_accuracy']:.2f} G {line['generator_accuracy']:.2f}, "
+            f"D trained {line['discriminator_share']:.0%}")
 
 
 class StopRequest:
@@ -2277,8 +2258,8 @@ class StopRequest:
 
 
 def train(settings: TrainSettings) -> int:
-    """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, 130 or 143 when
-    asked to stop, 3 when stopped by --stop-on-collapse."""
+    """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, 130 or 143 when asked to stop, 3 when
+    stopped by --stop-on-collapse."""
     device = pick_device(settings.device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more of them would wait for one another
     faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device)
@@ -2291,16 +2272,16 @@ def train(settings: TrainSettings) -> int:
             return 0
         say(f"{settings.model}, {len(faces.images):,} faces of {faces.size}×{faces.size} pixels, on {device} "
             f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
-        if len(faces.images) < FEW_FACES:
-            say(f"only {len(faces.images)} faces: expect the generator to learn them by heart")
         jury = Jury(run, device)
 
-        with ProgressBar(settings.epochs, faces, pair) as bar:
+        images = faces.minibatches * faces.batch_size  # an epoch
+        with tqdm(total=settings.epochs * images, initial=progress.images_seen, unit="img", smoothing=0.05,
+                  dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
             while progress.epoch < settings.epochs and not stop.code:
                 started = time.monotonic() - progress.seconds
                 for real in faces.epoch(progress.epoch, progress.minibatch):
                     pair.train_on(real)  # measures both networks and trains the one that is behind
-                    bar.advance()
+                    bar.update(faces.batch_size)
                     progress.seconds = time.monotonic() - started
                     if stop.code:
                         break
@@ -2309,7 +2290,7 @@ def train(settings: TrainSettings) -> int:
                     line = pair.finish_epoch()
                     best = jury.consider(pair.averaged, line)  # adds scores to the line, when it is time
                     run.record(pair, line, best)
-                    bar.line(line)
+                    say(describe_epoch(line, images, settings.epochs))
                     if line.get("collapsed") and settings.stop_on_collapse:
                         stop.code = COLLAPSED
             if stop.code:
@@ -2739,12 +2720,13 @@ def command_demo(settings: DemoSettings) -> int:
     return code or serve(EvalSettings(run=run, port=settings.port))
 
 
-COMMANDS = {"prepare": (PrepareSettings, command_prepare, "turn photos into a dataset"),
-            "train": (TrainSettings, train, "train a GAN; the same command goes on where it stopped"),
-            "judge": (JudgeSettings, judge, "measure how near a run's faces are to real ones"),
-            "generate": (GenerateSettings, generate, "draw faces into PNG files"),
-            "eval": (EvalSettings, serve, "make faces with sliders in the browser"),
-            "demo": (DemoSettings, command_demo, "try it all on drawn faces, in a few minutes")}
+COMMANDS: dict[str, tuple[type, Callable, str]] = {
+    "prepare": (PrepareSettings, command_prepare, "turn photos into a dataset"),
+    "train": (TrainSettings, train, "train a GAN; the same command goes on where it stopped"),
+    "judge": (JudgeSettings, judge, "measure how near a run's faces are to real ones"),
+    "generate": (GenerateSettings, generate, "draw faces into PNG files"),
+    "eval": (EvalSettings, serve, "make faces with sliders in the browser"),
+    "demo": (DemoSettings, command_demo, "try it all on drawn faces, in a few minutes")}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -2775,7 +2757,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 success, 1 failure, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a file's name may be more than the terminal can show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be more than the terminal can show
     arguments = vars(make_parser().parse_args(argv))
     declaration, command, _ = COMMANDS[arguments.pop("command")]
     try:

@@ -1,9 +1,8 @@
-"""The command line as a user meets it: real processes, one-line errors, and a README that tells the truth."""
+"""The command line as a user meets it: real processes, and one-line errors."""
 import ast
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from conftest import ROOT, run_gan
 
 import gan
 
-README = (ROOT / "README.md").read_text("utf-8")
 DECLARATIONS = [declaration for declaration, _, _ in gan.COMMANDS.values()]
 
 
@@ -120,23 +118,3 @@ def test_inline_metadata_lists_the_requirements():
     block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", (ROOT / "gan.py").read_text("utf-8"))["content"]
     dependencies = ast.literal_eval(re.search(r"dependencies = (\[.*?\])", block.replace("\n#", ""), re.S)[1])
     assert dependencies == (ROOT / "requirements.txt").read_text().split()
-
-
-def readme_commands() -> list[list[str]]:
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
-    parts = [part for line in lines for part in line.split("#")[0].split("&&")]
-    return [shlex.split(part)[2:] for part in parts if re.match(r"\s*(\.venv/bin/)?python gan\.py ", part)]
-
-
-def test_the_readmes_commands_are_understood():
-    """Each gan.py command in the README parses, and each command of gan.py is shown there."""
-    commands = readme_commands()
-    assert {command[0] for command in commands} == set(gan.COMMANDS)
-    for command in commands:
-        gan.make_parser().parse_args(command)
-
-
-def test_the_readmes_files_exist():
-    """Pictures and files that the README links to."""
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
-        assert (ROOT / target).exists(), target
