@@ -80,11 +80,8 @@ FEW_FACES = 500  # with fewer, a generator learns them by heart
 MIN_FACE_PIXELS = 8  # a crop with a shorter side holds no face
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # none that starts other programs
-OTHER_SUFFIXES = {  # photos too -> the format in which Pillow may read them, and what to do where it does not
-    **dict.fromkeys((".heic", ".heif", ".hif"), ("HEIF", "pip install pillow-heif")),
-    ".avif": ("AVIF", "pip install --upgrade pillow"),
-    **dict.fromkeys((".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
-                    ("", "convert them to JPEG"))}
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+RAW_SUFFIXES = (".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
 DEMO_RUN = Path("runs/demo")
 CHECKPOINT_FORMAT = 2
@@ -274,7 +271,6 @@ class DemoSettings:
 
 HELD_OUT_FACES = 1000  # at most; the judge compares with them
 LEAST_JUDGED = 100  # fewer would say nothing
-NOT_READ = "is of a kind that is not read here"
 LOOK_PIXELS = 640  # longer side of the picture in which faces are looked for
 THREAD = threading.local()  # holds the detector of each thread
 OPENCV = threading.Lock()  # it cannot be imported by two threads at once
@@ -284,53 +280,59 @@ OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[
 
 @dataclass(frozen=True)
 class Entry:
-    """Something named like an image. `read()` gives its bytes; `problem`, if any, says why it is skipped."""
+    """Something named like an image. `read()` gives its bytes, on any thread; `problem`, if any, says why it is
+    skipped; `unread` is its suffix where photos of that kind are not read here."""
     name: str
     read: Callable[[], bytes]
     problem: str = ""
+    unread: str = ""
 
 
 @cache
-def image_formats() -> tuple[str, ...]:
-    """Pillow's formats that are read here: AVIF where Pillow has it, HEIF (what phones write) where pillow-heif is."""
-    formats = IMAGE_FORMATS + ("AVIF",) * features.check("avif")
-    with suppress(ImportError):
+def readable_here() -> tuple[list[str], dict[str, str]]:
+    """(Formats of Pillow's that are read here, suffix of photos that are not -> what to do)."""
+    formats, other = list(IMAGE_FORMATS), dict.fromkeys(RAW_SUFFIXES, "convert them to JPEG")
+    if features.check("avif"):
+        formats.append("AVIF")
+    else:
+        other[".avif"] = "pip install --upgrade pillow"
+    try:
         import pillow_heif
         pillow_heif.register_heif_opener()
-        formats += ("HEIF",)
-    return formats
-
-
-def suffix_of(name: str) -> str:
-    """'.jpg' of 'a/B.JPG'."""
-    return PurePosixPath(name).suffix.lower()
+        formats.append("HEIF")
+    except ImportError:
+        other |= dict.fromkeys(HEIF_SUFFIXES, "pip install pillow-heif")
+    return formats, other
 
 
 def is_photo_name(name: str) -> bool:
     """Whether a path inside a source is named like a photo; hidden files and macOS's archive litter are not."""
     hidden = any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in name.split("/"))
-    return not hidden and (suffix_of(name) in IMAGE_SUFFIXES or suffix_of(name) in OTHER_SUFFIXES)
+    return name.lower().endswith((*IMAGE_SUFFIXES, ".avif", *HEIF_SUFFIXES, *RAW_SUFFIXES)) and not hidden
 
 
 def checked(name: str, read: Callable[[], bytes], size: int, *, link: bool, regular: bool) -> Entry:
     """An Entry that is refused when it is a link, a device, empty, too large, named to lead out of its source or of a
-    kind that cannot be read."""
+    kind that is not read here."""
     leads_out = ".." in name.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", name)
-    format, _ = OTHER_SUFFIXES.get(suffix_of(name), (IMAGE_FORMATS[0], ""))
+    suffix = PurePosixPath(name).suffix.lower()
     problem = ("is a link" if link else "is not a regular file" if not regular else "is empty" if size == 0
                else f"is larger than {MAX_FILE_BYTES // 10**6} MB" if size > MAX_FILE_BYTES
-               else "has a path that leads out of its archive" if leads_out
-               else NOT_READ if format not in image_formats() else "")
-    return Entry(name, read, problem)
+               else "has a path that leads out of its archive" if leads_out else "")
+    return Entry(name, read, problem, unread=suffix if not problem and suffix in readable_here()[1] else "")
 
 
-def walk_source(source: Path) -> Iterator[Entry]:
-    """Everything named like a photo in a folder, .zip, .tar or .tgz, one by one; nothing is unpacked to disk.
+def walk_source(source: Path, scratch: Path) -> Iterator[Entry]:
+    """Everything named like a photo in a folder, .zip, .tar or .tgz, one by one; nothing is written but to `scratch`.
 
     An archive that breaks off ends with an Entry of its own name that says so."""
-    walk = walk_folder if source.is_dir() else walk_zip if zipfile.is_zipfile(source) else walk_tar
     try:
-        yield from walk(source)
+        if source.is_dir():
+            yield from walk_folder(source)
+        elif zipfile.is_zipfile(source):
+            yield from walk_zip(source)
+        else:
+            yield from walk_tar(source, scratch)
     except Exception as error:  # each kind of archive and compression raises its own kinds of error
         yield Entry(source.name, bytes, f"cannot be read further: {one_line(error)}")
 
@@ -345,35 +347,42 @@ def walk_folder(root: Path) -> Iterator[Entry]:
             if is_photo_name(relative + name) and not (name == "faces.png" and "manifest.json" in names):  # ours
                 path = os.path.join(folder, name)
                 info = os.lstat(path)
-                yield checked(relative + name, partial(read_file, path), info.st_size,
+                yield checked(relative + name, partial(read_part, path), info.st_size,
                               link=stat.S_ISLNK(info.st_mode), regular=stat.S_ISREG(info.st_mode))
     for error in troubles:
-        yield Entry(os.path.relpath(error.filename, root), bytes, error.strerror)
+        yield Entry(os.path.relpath(error.filename, root), bytes, one_line(error))
 
 
-def read_file(path: str) -> bytes:
-    """All bytes of a file; OSError where it cannot be read."""
+def read_part(path: str | Path, start: int = 0, size: int = -1) -> bytes:
+    """`size` bytes of a file, all by default; OSError where it cannot be read."""
     with open(path, "rb") as file:
-        return file.read()
+        file.seek(start)
+        return file.read(size)
 
 
 def walk_zip(path: Path) -> Iterator[Entry]:
     """Photos of a .zip, in its order."""
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if is_photo_name(info.filename) and not info.is_dir():
-                kind = stat.S_IFMT(info.external_attr >> 16)
-                yield checked(info.filename, partial(archive.read, info), info.file_size,
-                              link=kind == stat.S_IFLNK, regular=kind in (0, stat.S_IFREG, stat.S_IFLNK))
+    archive = zipfile.ZipFile(path)  # stays open for the entries
+    for info in archive.infolist():
+        if is_photo_name(info.filename) and not info.is_dir():
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            yield checked(info.filename, partial(archive.read, info), info.file_size,
+                          link=kind == stat.S_IFLNK, regular=kind in (0, stat.S_IFREG, stat.S_IFLNK))
 
 
-def walk_tar(path: Path) -> Iterator[Entry]:
-    """Photos of a .tar, packed or not, in its order; each can be read only before the next one is asked for."""
-    with tarfile.open(path) as archive:
+def walk_tar(path: Path, scratch: Path) -> Iterator[Entry]:
+    """Photos of a .tar, in its order. Those of a packed one are copied to a scratch file, where they can be found."""
+    with tarfile.open(path) as archive, open(scratch / "photos", "wb") as copies:
+        packed = not isinstance(archive.fileobj, io.BufferedReader)
         for member in archive:
-            archive.members = []  # tarfile would remember every member of a long archive
+            archive.members = []  # type: ignore[attr-defined]  # tarfile would remember each of a long archive
             if is_photo_name(member.name) and not member.isdir():
-                yield checked(member.name, lambda: archive.extractfile(member).read(), member.size,
+                place = (path, member.offset_data, member.size)
+                if packed and member.isreg() and member.size <= MAX_FILE_BYTES:
+                    place = (Path(copies.name), copies.tell(), member.size)
+                    archive.fileobj.seek(member.offset_data)
+                    copies.write(archive.fileobj.read(member.size))
+                yield checked(member.name, partial(read_part, *place), member.size,
                               link=member.issym() or member.islnk(), regular=member.isreg())
 
 
@@ -462,7 +471,7 @@ def open_photo(data: bytes, enough: float = math.inf) -> tuple[Image.Image, floa
 
     Returns (image, how many of the photo's pixels one of its own stands for). ValueError says in one line why not."""
     try:
-        image = Image.open(io.BytesIO(data), formats=image_formats())
+        image = Image.open(io.BytesIO(data), formats=readable_here()[0])
         full = max(image.size)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"has too many pixels ({image.width}×{image.height})")
@@ -476,25 +485,13 @@ def open_photo(data: bytes, enough: float = math.inf) -> tuple[Image.Image, floa
         raise ValueError(one_line(error)) from None
 
 
-@dataclass(frozen=True)
-class Face:
-    """A face of the dataset: its photo, its square there and its place in the scratch file."""
-    photo: str
-    box: Box
-    place: int
-
-    def where(self) -> dict:
-        """Its entry in the manifest."""
-        return {"photo": self.photo, "box": list(self.box)}
-
-
 def face_detector():
     """This thread's own detector of faces, as it is not safe to share: the frontal-face cascade in OpenCV's wheel
     (Viola and Jones 2001; Lienhart, Kuranov and Pisarevsky 2003). UserError without OpenCV 4."""
     if not hasattr(THREAD, "detector"):
         with OPENCV:
             try:
-                import cv2
+                import cv2.data
                 THREAD.detector = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
             except (ImportError, AttributeError):  # OpenCV 5 has no cascades
                 raise UserError('finding faces needs OpenCV 4: pip install "opencv-python-headless<5"') from None
@@ -519,57 +516,56 @@ def find_faces(image: Image.Image) -> list[Box]:
     return squares
 
 
-def find_squares(data: bytes, size: int) -> tuple[Image.Image, float, list[Box], list[str]]:
-    """Decode a photo and find faces that are good for `size` pixels: (image, the photo's pixels a pixel of it, squares
-    in it, why other faces are not used)."""
-    image, scale = open_photo(data, LOOK_PIXELS)
-    squares, refused = [], []
-    for left, top, right, bottom in find_faces(image):
-        side = right - left
-        inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0)) / side ** 2
-        if side * scale < size:
-            refused.append(f"has a face of {side * scale:.0f} pixels, which is too small for --size {size}")
-        elif inside < 0.8:
-            refused.append("has a face of which more than a fifth lies outside")
-        else:
-            squares.append((left, top, right, bottom))
-    enough = max((2 * size / (right - left) for left, _, right, _ in squares), default=0) * min(image.size)
-    if scale > 1 and enough > min(image.size):  # it was decoded too small for these faces
-        image, finer = open_photo(data, enough)
-        squares = [tuple(scale / finer * edge for edge in square) for square in squares]
-        scale = finer
-    return image, scale, squares, refused
+def resized(square: Box, factor: float) -> Box:
+    """The same square where a pixel has become `factor` pixels."""
+    left, top, right, bottom = square
+    return left * factor, top * factor, right * factor, bottom * factor
+
+
+def problem_of(square: Box, image: Image.Image, least: float) -> str:
+    """Why a square of an image is not used as a face, if so: narrower than `least`, or too much of it lies outside."""
+    left, top, right, bottom = square
+    inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0))
+    return ("has a face that is too small" if right - left < least
+            else "has a face of which more than a fifth lies outside" if inside < 0.8 * (right - left) ** 2 else "")
 
 
 def cut(image: Image.Image, square: Box, size: int) -> np.ndarray:
     """A square of an RGB image as (size, size, 3) uint8; what lies outside is mirrored."""
     left, top, right, bottom = square
-    margins = [max(0, math.ceil(beyond)) for beyond in (-left, -top, right - image.width, bottom - image.height)]
-    if any(margins):
-        x, y, *_ = margins
-        image = Image.fromarray(np.pad(np.asarray(image), ((y, margins[3]), (x, margins[2]), (0, 0)), "symmetric"))
-        square = (left + x, top + y, right + x, bottom + y)
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=square))
+    x, y = max(0, math.ceil(-left)), max(0, math.ceil(-top))
+    beyond_x, beyond_y = max(0, math.ceil(right - image.width)), max(0, math.ceil(bottom - image.height))
+    if x or y or beyond_x or beyond_y:
+        image = Image.fromarray(np.pad(np.asarray(image), ((y, beyond_y), (x, beyond_x), (0, 0)), "symmetric"))
+    box = (left + x, top + y, right + x, bottom + y)
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
 
 
 def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
-    """Decode a photo to its faces, largest first, as (square in the photo's pixels, (size, size, 3) uint8), and say why
-    other faces of it are not used. ValueError says in one line why the photo is not."""
-    if crop == "face":
-        image, scale, squares, refused = find_squares(data, size)
+    """Decode a photo: (its faces, largest first, as (Box in the photo's pixels, (size, size, 3) uint8), why other faces
+    are not used). ValueError says in one line why the photo is not."""
+    if isinstance(crop, str):
+        image, scale = open_photo(data, LOOK_PIXELS)
+        least, squares = size, find_faces(image)
     else:
         image, scale = open_photo(data, 2 * size / crop)
-        squares, refused = [crop_box(*image.size, crop)], []
-        if crop * scale * min(image.size) < MIN_FACE_PIXELS:
-            raise ValueError(f"is too small ({image.width}×{image.height})")
-    if not squares:
-        raise ValueError(refused[0] if refused else "no face found")
-    return [(tuple(round(scale * edge, 1) for edge in square), cut(image, square, size)) for square in squares], refused
+        least, squares = MIN_FACE_PIXELS, [crop_box(*image.size, crop)]
+    problems = [problem_of(square, image, least / scale) for square in squares]
+    good = [square for square, problem in zip(squares, problems) if not problem]
+    refused = [problem for problem in problems if problem]
+    if not good:
+        raise ValueError(refused[0] if refused else "has no face that is found")
+    finer, looked_at = 2 * size / min(right - left for left, _, right, _ in good), scale
+    if finer > 1 and scale > 1:  # the faces were looked for in fewer pixels than theirs should have
+        image, scale = open_photo(data, finer * min(image.size))
+    ratio = looked_at / scale
+    return [(resized(square, looked_at), cut(image, resized(square, ratio), size)) for square in good], refused
 
 
 def on_all_cores(function: Callable, items: Iterable) -> Iterator:
     """Like map, on all cores; few items are begun at once, which bounds memory."""
-    cores, waiting = usable_cores(), deque()
+    cores = usable_cores()
+    waiting: deque[Future] = deque()
     with ThreadPoolExecutor(cores) as pool:  # threads: Pillow and OpenCV work without holding the GIL
         for item in items:
             waiting.append(pool.submit(function, item))
@@ -738,117 +734,99 @@ def quiet_libraries() -> Iterator[TextIO]:
             os.dup2(terminal.fileno(), 2)
 
 
+@dataclass(frozen=True)
+class Face:
+    """A face of the dataset: its photo, its Box there and its place in the scratch file."""
+    photo: str
+    box: Box
+    place: int
+
+    def where(self) -> dict:
+        """Its entry in the manifest."""
+        return {"photo": self.photo, "box": [round(edge, 1) for edge in self.box]}
+
+
 class Photos:
-    """The photos of a source, or drawn faces: what they are, and what becomes of them.
+    """The photos of a source, or drawn faces in their place: which may be taken, and what becomes of each.
 
-    `names` are those that may be taken, in order; `skipped` says of others why not."""
+    `names` are in the order in which they are to be taken; `skipped` is name -> reason."""
 
-    def __init__(self, settings: PrepareSettings):
+    def __init__(self, settings: PrepareSettings, scratch: Path):
         self.settings = settings
         self.source = None if settings.demo else find_source(settings)
-        found = walk_source(self.source) if self.source else draw_photos(settings)
+        found = walk_source(self.source, scratch) if self.source else draw_photos(settings)
         self.entries = {entry.name: entry for entry in found}
-        good = [name for name, entry in self.entries.items() if not entry.problem]
+        self.skipped = {name: entry.problem for name, entry in self.entries.items() if entry.problem}
+        self.skipped_faces: dict[str, list[str]] = {}
+        good = [name for name, entry in self.entries.items() if not entry.problem and not entry.unread]
         self.person = persons_of(good)
         self.names = choose_photos(good, settings.per_person, settings.seed) if self.source else good
-        self.skipped = {entry.name: entry.problem for entry in self.entries.values() if entry.problem}
-        self.skipped_faces: dict[str, list[str]] = {}  # of photos of which other faces are used
 
-    def read(self, names: list[str]) -> Iterator[Entry]:
-        """Those photos, to be read on any thread. An archive is read through again, in its own order."""
-        if not self.source or self.source.is_dir():
-            yield from (self.entries[name] for name in names)
-            return
-        left = set(names)
-        for entry in walk_source(self.source):
-            if entry.name in left and not entry.problem:
-                left.remove(entry.name)
-                try:
-                    data, problem = entry.read(), ""
-                except Exception as error:  # each kind of compression raises its own
-                    data, problem = b"", one_line(error)
-                yield Entry(entry.name, partial(bytes, data), problem)
-        for name in left:
-            yield Entry(name, bytes, "is not in the source any more, or lies behind a damaged part of it")
-
-    def decode(self, entry: Entry) -> tuple[str, list[tuple[Box, np.ndarray]], list[str]]:
-        """(Name, faces of the photo, why others are not used). One face of a photo of a person, the largest."""
-        crop = self.settings.crop if self.source else 1.0
+    def decode(self, name: str) -> tuple[str, list[tuple[Box, np.ndarray]], list[str]]:
+        """(Name, faces of a photo, why others are not used). Of a photo of a person that is one face, the largest."""
         try:
-            if entry.problem:
-                raise ValueError(entry.problem)
-            faces, refused = decode_faces(entry.read(), self.settings.size, crop)
-        except (OSError, ValueError) as error:
-            return entry.name, [], [one_line(error)]
-        return entry.name, faces if self.person[entry.name] == entry.name else faces[:1], refused
+            crop = self.settings.crop if self.source else 1.0
+            faces, refused = decode_faces(self.entries[name].read(), self.settings.size, crop)
+        except Exception as error:  # each kind of archive and compression raises its own kinds of error
+            return name, [], [one_line(error)]
+        return name, faces if self.person[name] == name else faces[:1], refused
 
     def take(self, names: list[str], most: int, file: BinaryIO, bar: tqdm) -> list[Face]:
-        """The first `most` faces of those photos, or all there are, written to the end of a file.
-
-        Where photos turn out bad, the next ones take their place."""
+        """The first `most` faces of those photos, or all there are, written to the end of a file."""
         faces: list[Face] = []
-        rank, done = {name: i for i, name in enumerate(names)}, 0
-        while len(faces) < most and done < len(names):
-            wanted = max(most - len(faces), done // 2)  # few rounds through the source, however many photos are bad
-            fresh = []
-            for name, found, refused in on_all_cores(self.decode, self.read(names[done:done + wanted])):
-                if found:
-                    self.skipped_faces[name] = refused
-                else:
-                    self.skipped[name] = refused[0]
-                for box, pixels in found:
-                    fresh.append(Face(name, box, file.tell() // pixels.nbytes))
-                    file.write(pixels.tobytes())
-                bar.update(len(found))
-            faces += sorted(fresh, key=lambda face: rank[face.photo])  # not the order of an archive
-            done += wanted
-        return faces[:most]
+        for name, found, refused in on_all_cores(self.decode, names if most else []):
+            if not found:
+                self.skipped[name] = refused[0]
+            elif refused:
+                self.skipped_faces[name] = refused
+            for box, pixels in found[:most - len(faces)]:
+                faces.append(Face(name, box, file.tell() // pixels.nbytes))
+                file.write(pixels.tobytes())
+                bar.update()
+            if len(faces) == most:
+                break
+        return faces
 
-    def account(self, used: int, held_out: int) -> dict:
+    def account(self, faces: list[Face], held_out: list[Face]) -> dict:
         """What became of each file, for the manifest: the numbers of `files` add up to `photos_found`."""
-        kinds = Counter(suffix_of(name) for name, problem in self.skipped.items() if problem == NOT_READ)
-        skipped = [{"file": name, "reason": self.skipped[name]} for name in sorted(self.skipped)
-                   if self.skipped[name] != NOT_READ]
-        faces = {name: reasons for name, reasons in sorted(self.skipped_faces.items()) if reasons}
-        over = len(self.names) - used - held_out - sum(name in self.skipped for name in self.names)
+        used, apart = (len({face.photo for face in kind}) for kind in (faces, held_out))
+        unread = Counter(entry.unread for entry in self.entries.values() if entry.unread)
+        over = len(self.names) - used - apart - sum(name in self.skipped for name in self.names)
         return {"source": str(self.source or "drawn faces"), "photos_found": len(self.entries),
-                "files": {"used": used, "held_out": held_out, "left_by_per_person": len(self.person) - len(self.names),
-                          "left_by_limit": over, "skipped": len(skipped), "not_read": dict(kinds)},
-                "skipped": skipped, "skipped_faces": faces}
-
-
-def drawn_photo(seed: int, index: int, size: int) -> bytes:
-    """Drawn face number `index` as the bytes of a photo."""
-    return png_bytes(Image.fromarray(draw_face_array(seed, index, size)))
+                "files": {"used": used, "held_out": apart, "left_by_per_person": len(self.person) - len(self.names),
+                          "left_by_limit": over, "skipped": len(self.skipped), "not_read": dict(unread)},
+                "skipped": [{"file": name, "reason": reason} for name, reason in sorted(self.skipped.items())],
+                "skipped_faces": dict(sorted(self.skipped_faces.items()))}
 
 
 def draw_photos(settings: PrepareSettings) -> Iterator[Entry]:
     """Drawn faces in the place of photos: as many as are to be trained on, and a fifth of all to hold out."""
+    def drawn(index: int) -> bytes:
+        return png_bytes(Image.fromarray(draw_face_array(settings.seed, index, settings.size)))
     for i in range((settings.limit or 2000) * 5 // 4):
-        yield Entry(f"drawn face {i}", partial(drawn_photo, settings.seed, i, settings.size))
+        yield Entry(f"drawn face {i}", partial(drawn, i))
 
 
 def unread_text(kinds: dict[str, int]) -> str:
-    """What photos of kinds that are not read there are, by suffix, and what to do; nothing if there are none."""
-    told = ", ".join(f"{suffix} {number:,} ({OTHER_SUFFIXES[suffix][1]})" for suffix, number in sorted(kinds.items()))
+    """Which photos are of kinds that are not read, by suffix, and what to do; nothing if there are none."""
+    told = ", ".join(f"{kind} {count:,} ({readable_here()[1][kind]})" for kind, count in sorted(kinds.items()))
     return f", not read {told}" if told else ""
 
 
-def collect_faces(settings: PrepareSettings, file: BinaryIO) -> tuple[list[Face], list[Face], dict]:
+def collect_faces(settings: PrepareSettings, scratch: Path) -> tuple[list[Face], list[Face], dict]:
     """Decode photos into a scratch file, which bounds memory however many there are: (faces to train on, held-out ones,
-    facts for the manifest)."""
-    photos = Photos(settings)
-    names, limit = photos.names, settings.limit or sys.maxsize
-    apart = choose_held_out(names, limit)
-    with quiet_libraries() as terminal, tqdm(unit="face", desc="prepare", file=terminal,
-                                             disable=not terminal.isatty()) as bar:
+    facts for the manifest). Where photos turn out bad, the next ones take their place."""
+    photos, limit = Photos(settings, scratch), settings.limit or sys.maxsize
+    apart = choose_held_out(photos.names, limit)
+    with (open(scratch / "faces", "wb") as file, quiet_libraries() as terminal,
+          tqdm(unit="face", desc="prepare", file=terminal, disable=not terminal.isatty()) as bar):
         held_out = photos.take(apart, len(apart), file, bar)
         seen = {face.photo for face in held_out} | photos.skipped.keys()
-        faces = photos.take([name for name in names if name not in seen], limit, file, bar)
+        faces = photos.take([name for name in photos.names if name not in seen], limit, file, bar)
     if len(held_out) < LEAST_JUDGED:  # nothing could be told from so few
-        rank = {name: i for i, name in enumerate(names)}
+        rank = {name: i for i, name in enumerate(photos.names)}
         faces, held_out = sorted(faces + held_out, key=lambda face: rank[face.photo])[:limit], []
-    facts = photos.account(*(len({face.photo for face in kind}) for kind in (faces, held_out)))
+    facts = photos.account(faces, held_out)
     if not faces:
         first = "".join(f": {item['file']!a} {item['reason']}, for one" for item in facts["skipped"][:1])
         raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders "
@@ -856,48 +834,41 @@ def collect_faces(settings: PrepareSettings, file: BinaryIO) -> tuple[list[Face]
     return faces, held_out, facts
 
 
-def read_faces(path: Path, faces: list[Face], size: int) -> Tensor:
+def read_faces(scratch: Path, faces: list[Face], size: int) -> Tensor:
     """Faces from the scratch file, as uint8 (N, 3, size, size)."""
-    pixels = np.memmap(path, np.uint8, "r").reshape(-1, size, size, 3)[[face.place for face in faces]]
+    pixels = np.memmap(scratch / "faces", np.uint8, "r").reshape(-1, size, size, 3)[[face.place for face in faces]]
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def batches_of(faces: list[Face]) -> list[list[Face]]:
-    """The faces of each file of a dataset."""
-    return [faces[start:start + BATCH_FILE_FACES] for start in range(0, len(faces), BATCH_FILE_FACES)]
-
-
-def write_batch(scratch: Path, kind: str, size: int, numbered: tuple[int, list[Face]]) -> dict:
-    """Write (number, faces of a file), named by its content, into the scratch folder; its entry in the manifest."""
-    number, faces = numbered
-    buffer = io.BytesIO()
-    torch.save(read_faces(scratch / "faces", faces, size), buffer)
-    # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
-    packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_HUFFMAN_ONLY)
-    packed = packer.compress(buffer.getbuffer()) + packer.flush()
-    digest = hashlib.sha256(packed).hexdigest()
-    name = f"{kind}-{number:05d}-{digest[:8]}.pt.gz"
-    atomic_write(scratch / name, packed)
-    return {"file": name, "count": len(faces), "sha256": digest}
+def write_batches(settings: PrepareSettings, scratch: Path, kind: str, faces: list[Face]) -> list[dict]:
+    """Write faces to files named by their content, in the scratch folder; their entries in the manifest."""
+    def write(start: int) -> dict:
+        images, buffer = read_faces(scratch, faces[start:start + BATCH_FILE_FACES], settings.size), io.BytesIO()
+        torch.save(images, buffer)
+        # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
+        packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_HUFFMAN_ONLY)
+        packed = packer.compress(buffer.getbuffer()) + packer.flush()
+        digest = hashlib.sha256(packed).hexdigest()
+        name = f"{kind}-{start // BATCH_FILE_FACES:05d}-{digest[:8]}.pt.gz"
+        atomic_write(scratch / name, packed)
+        if settings.png and kind == "faces":
+            write_pngs(Path(settings.png), images, start)
+        return {"file": name, "count": len(images), "sha256": digest}
+    return list(on_all_cores(write, range(0, len(faces), BATCH_FILE_FACES)))
 
 
 def write_dataset(settings: PrepareSettings, scratch: Path) -> dict:
-    """Write the batches and the contact sheet into the scratch folder, and the PNG files; the manifest."""
-    with open(scratch / "faces", "wb") as file:
-        faces, held_out, facts = collect_faces(settings, file)
-    batches, held_out_batches = (
-        list(on_all_cores(partial(write_batch, scratch, kind, settings.size), enumerate(batches_of(chosen))))
-        for kind, chosen in (("faces", faces), ("held-out", held_out)))
-    first = read_faces(scratch / "faces", faces[:100], settings.size)
+    """Write the batches and the contact sheet into the scratch folder; the manifest."""
+    faces, held_out, facts = collect_faces(settings, scratch)
+    batches = write_batches(settings, scratch, "faces", faces)
+    held_out_batches = write_batches(settings, scratch, "held-out", held_out)
+    first = read_faces(scratch, faces[:100], settings.size)
     write_grid(scratch / "faces.png", first)
-    for number, batch in enumerate(batches_of(faces) if settings.png else []):  # one by one: bounds memory
-        images = read_faces(scratch / "faces", batch, settings.size)
-        write_pngs(Path(settings.png), images, number * BATCH_FILE_FACES)
     told = not settings.demo and settings.crop != "face" and len(first) >= 20  # fewer would say nothing
+    where, held_out_where = ([face.where() for face in kind] for kind in (faces, held_out))
     return {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size, "count": len(faces),
             "crops_with_face": crops_with_face(first[:50]) if told else None, **facts, "settings": asdict(settings),
-            "batches": batches, "held_out": held_out_batches, "faces": [face.where() for face in faces],
-            "held_out_faces": [face.where() for face in held_out]}
+            "batches": batches, "held_out": held_out_batches, "faces": where, "held_out_faces": held_out_where}
 
 
 def crops_with_face(images: Tensor) -> float | None:
