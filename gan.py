@@ -555,8 +555,8 @@ def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[
     refused = [problem for problem in problems if problem]
     if not good:
         raise ValueError(refused[0] if refused else "has no face that is found")
-    finer, looked_at = 2 * size / min(right - left for left, _, right, _ in good), scale
-    if finer > 1 and scale > 1:  # the faces were looked for in fewer pixels than theirs should have
+    finer, looked_at = size / min(right - left for left, _, right, _ in good), scale
+    if finer > 1 and scale > 1:  # the photo has more pixels than faces were looked for in
         image, scale = open_photo(data, finer * min(image.size))
     ratio = looked_at / scale
     return [(resized(square, looked_at), cut(image, resized(square, ratio), size)) for square in good], refused

@@ -15,6 +15,7 @@ import threading
 import types
 import zipfile
 import zlib
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -142,6 +143,128 @@ def test_a_flat_folder_holds_no_persons(tmp_path):
     counts = [prepared(pack(tmp_path / name, files), tmp_path / "data", per_person=1)["count"] for name, files in
               [("folders", PEOPLE), ("flat", {name.replace("/", "-"): data for name, data in PEOPLE.items()})]]
     assert counts == [5, 15]
+
+
+def folders(names) -> Counter:
+    """How many of the names lie in each folder."""
+    return Counter(name.rpartition("/")[0] for name in names)
+
+
+def divided(names: list[str], limit: int, per_person: int = 0) -> tuple[list[str], list[str]]:
+    """(Names to train on, names that are held out) of a source in which every photo is good."""
+    names = gan.choose_photos(names, per_person, 0)
+    apart = gan.choose_held_out(names, limit or len(names))
+    return [name for name in names if name not in set(apart)][:limit or None], apart
+
+
+def ranges(count: int, *names: str) -> list[str]:
+    """So many photos in each folder."""
+    return [f"{name}/{i:05}.jpg" for name in names for i in range(count)]
+
+
+def test_classes_are_taken_from_alike():
+    """train/ and test/ of 1,500 photos: 2,000 to train on and 1,000 held out, or with --limit 0 2,400 and 600."""
+    for limit, training, held_out in [(2000, 1000, 500), (0, 1200, 300)]:
+        parts = divided(ranges(1500, "train", "test"), limit)
+        assert [folders(part) for part in parts] == [{"train": n, "test": n} for n in (training, held_out)]
+        assert len({*parts[0], *parts[1]}) == 3000  # nothing is lost
+
+
+def test_classes_of_different_sizes():
+    """Training takes as many of each while there are any; what is held out is the same share of each."""
+    parts = divided(ranges(6000, "a") + ranges(1200, "b"), 2000)
+    assert [folders(part) for part in parts] == [{"a": 1000, "b": 1000}, {"a": 833, "b": 167}]
+
+
+def test_ranges_of_numbers_are_taken_from_alike():
+    """70 folders of 1,000: 2,000 to train on and 1,000 held out, as many of each folder, not its first ones by name."""
+    parts = divided(ranges(1000, *(f"{i:05}" for i in range(0, 70_000, 1000))), 2000)
+    assert [len(part) for part in parts] == [2000, 1000] and not set(parts[0]) & set(parts[1])
+    assert all(set(folders(part).values()) <= {few, few + 1} for part, few in zip(parts, (28, 14), strict=True))
+    numbers = [int(name[-9:-4]) for part in parts for name in part]
+    assert 450 < np.mean(numbers) < 550 and len(set(numbers)) > 900
+
+
+def test_a_large_flat_folder():
+    """23,707 photos with --limit 0: 22,707 to train on and 1,000 held out."""
+    names = [f"{i}.jpg" for i in range(23_707)]
+    assert [len(part) for part in divided(names, 0)] == [22_707, 1000]
+
+
+def test_persons_give_two_photos_each():
+    """Folders of 1 to 530: 2,000 of at most two a person, the first by name, the order and choice of `--per-person 2`."""
+    sizes = [1] * 4069 + [2] * 779 + [3] * 291 + [5] * 400 + [20] * 208 + [236, 530]
+    names = [f"p{p:04}/{i:04}.jpg" for p, size in enumerate(sizes) for i in range(size)]
+    training, apart = divided(names, 2000)
+    assert max(folders(training).values()) == 2 and all(name[6:10] in ("0000", "0001") for name in training)
+    assert (training, apart) == divided(names, 2000, per_person=2) and (len(training), len(apart)) == (2000, 1000)
+    assert max(folders(apart).values()) == 1 and not folders(training).keys() & folders(apart).keys()
+
+
+def test_few_persons_of_many_photos_are_held_out_by_photos():
+    """Of 20 persons with 100 photos each the judge sees all; of 200 with 10 each it sees strangers."""
+    for persons, strangers in [(20, False), (200, True)]:
+        training, apart = divided(ranges(2000 // persons, *(f"p{i}" for i in range(persons))), 0)
+        assert (len(training), len(apart)) == (1600, 400)
+        assert (not folders(training).keys() & folders(apart).keys()) == strangers
+
+
+LAYOUTS = {  # files, limit -> how many of each folder are trained on and held out
+    "classes": (ranges(150, "train", "test"), 200, {"train": 100, "test": 100}, {"train": 50, "test": 50}),
+    "all of classes": (ranges(300, "train", "test"), 0, {"train": 240, "test": 240}, {"train": 60, "test": 60}),
+    "ranges": (ranges(30, *"abcdefghij"), 190, dict.fromkeys("abcdefghij", 19), dict.fromkeys("abcdefghij", 11)),
+    "flat": (ranges(510, "a"), 0, {"a": 408}, {"a": 102})}
+
+
+@pytest.mark.parametrize("kind", ["photos", "a.zip", "a.tar", "a.tgz"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_in_every_kind_of_source(tmp_path, layout, kind):
+    """The faces of the dataset and the photos that the manifest names are those of the layout's table."""
+    names, limit, *expected = LAYOUTS[layout]
+    files = {name: photo(i) for i, name in enumerate(names)}
+    manifest = prepared(pack(tmp_path / kind, files), tmp_path / "data", limit=limit)
+    for key, part, wanted in zip(("faces", "held_out_faces"), ("batches", "held_out"), expected, strict=True):
+        photos = [face["photo"] for face in manifest[key]]
+        red, green = gan.load_faces(tmp_path / "data", part)[0][:, :2, 16, 16].int().T
+        assert folders(photos) == wanted and (red + 256 * green).tolist() == [names.index(name) for name in photos]
+
+
+def test_a_folder_is_read_in_the_order_of_names(tmp_path):
+    """Subfolders too, whatever order the system lists them in."""
+    pack(tmp_path / "photos", {f"{name}/{i}.png": photo(i) for name in "hbkacfjdgeilm" for i in (1, 0)})
+    names = [entry.name for entry in gan.walk_source(tmp_path / "photos", tmp_path)]
+    assert names == sorted(names) and len(names) == 26
+
+
+@pytest.fixture
+def no_heif(monkeypatch):
+    """As on a machine without pillow-heif and with a Pillow that has no AVIF."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(gan.features, "check", lambda feature: False)
+    gan.readable_here.cache_clear()
+    yield
+    gan.readable_here.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["photos", "a.zip", "a.tgz"])
+def test_every_file_is_accounted_for(tmp_path, capsys, no_heif, kind):
+    """Used, held out, left by --per-person and by --limit, skipped, not read: each is what it says, and they add up."""
+    allowed = {f"p{p:03}/{i}.png": b"bad" if p % 10 == i else photo(p) for p in range(700) for i in range(2)}
+    unread = {f"p{p:03}/{p}.{kind}": b"?" for p, kind in enumerate(["heic", "HEIC", "avif", "dng"])}
+    files = allowed | unread | {f"p{p:03}/2.png": photo(p) for p in range(700)} | {"x.png": b"", "notes.txt": b"no photo"}
+    source, data = pack(tmp_path / kind, files), tmp_path / "data"
+    assert gan.main(["prepare", "--dataset", str(source), "--data", str(data), "--size", "32", "--crop", "1",
+                     "--per-person", "2", "--limit", "200"]) == 0
+    manifest = json.loads((data / "manifest.json").read_text())
+    used, apart = ({face["photo"] for face in manifest[kind]} for kind in ("faces", "held_out_faces"))
+    bad = {name for name in reasons(manifest) if files[name] == b"bad"}
+    assert manifest["files"] == {"used": len(used), "held_out": len(apart), "left_by_per_person": 700, "left_by_limit": len(
+        allowed.keys() - used - apart - bad), "skipped": len(bad) + 1, "not_read": {".heic": 2, ".avif": 1, ".dng": 1}}
+    assert len(used) == 200 and len(apart) > 900 and len(bad) > 50 and used | apart | bad < allowed.keys()
+    line = capsys.readouterr().out.splitlines()[-2].replace(",", "")
+    found, *parts = map(int, re.findall(r"(?<![.\w])(\d+)(?= |$)", line))
+    assert found == sum(parts) == len(files) - 1 == manifest["photos_found"]
+    assert ".heic 2 (pip install pillow-heif)" in line
 
 
 @given(st.lists(st.tuples(st.sampled_from("ABC"), st.integers(0, 9))), st.integers(0, 3), st.integers(0, 99))
