@@ -2229,8 +2229,8 @@ class StopRequest:
 
 
 def train(settings: TrainSettings) -> int:
-    """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, 130 or 143 when asked to stop, 3 when
-    stopped by --stop-on-collapse."""
+    """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, 130 or 143 when asked to stop, 3
+    when stopped by --stop-on-collapse."""
     device = pick_device(settings.device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more of them would wait for one another
     faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device)

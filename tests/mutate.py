@@ -1,10 +1,10 @@
 """Do the tests notice?  python tests/mutate.py --out mutants [--count 200] [--seed 0] [--rooms "A;B"] [--retry]
 
-Needs: pip install cosmic-ray. It makes single changes to gan.py (a comparison, a number, an operator, and/or, a loop, an
-exception, a decorator) at places drawn by chance, and runs the tests of the room for each, in a copy of the checkout.
-Asked again with the same --out, it goes on where it stopped; --retry tries those that no test noticed against the tests
-as they are now. Ends with the changes that no test noticed; some two hours for 200 on one core. The look of the drawn
-face, annotations and texts are left alone."""
+Needs: pip install cosmic-ray. It makes single changes to gan.py (a comparison, a number, an operator, and/or, a loop,
+an exception, a decorator) at places drawn by chance, and runs the tests of the room for each, in a copy of the
+checkout. Asked again with the same --out, it goes on where it stopped; --retry tries those that no test noticed against
+the tests as they are now. Ends with the changes that no test noticed; some two hours for 200 on one core. The look of
+the drawn face, annotations and texts are left alone."""
 import argparse
 import ast
 import os

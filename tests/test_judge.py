@@ -56,8 +56,7 @@ def principal_components(faces, count: int, kept: int):
 def test_worse_faces_score_worse(faces, judge):
     """Other real faces < slight blur < strong blur < noise; reals < many repeated < fewer < 5; reals < PCA samples. The
     repeated ones have few neighbourhoods of real faces covered and are alike."""
-    training, held_out = faces
-    chance = torch.Generator().manual_seed(1)
+    training, chance = faces[0], torch.Generator().manual_seed(1)
     others = training[torch.randperm(len(training), generator=chance)[:judge.count]]
     noise = torch.randint(0, 256, others.shape, generator=chance, dtype=torch.uint8)
     worse = {"reals": others, "slight": blurred(others, 0.7), "strong": blurred(others, 1.5), "noise": noise}
@@ -158,7 +157,7 @@ def test_patches_reach_the_edges(faces):
 
 
 def test_ms_ssim_of_known_pairs():
-    """1 for equal images; for grey ones of brightness a and b, whose structure is the same, the luminance term alone."""
+    """1 for equal images; for grey ones of brightness a and b, whose structure is the same, the luminance term."""
     images = torch.randint(0, 256, (3, 3, 80, 80), dtype=torch.uint8)
     assert gan.ms_ssim(images, images).tolist() == pytest.approx([1, 1, 1])
     a, b = torch.full((1, 3, 80, 80), 100, dtype=torch.uint8), torch.full((1, 3, 80, 80), 150, dtype=torch.uint8)
@@ -212,8 +211,8 @@ def data(tmp_path_factory) -> Path:
 
 
 def settings(data, run, **changes) -> gan.TrainSettings:
-    return gan.TrainSettings(**{"data": str(data), "run": str(run), "width": 4, "epochs": 6, "device": "cpu", "save_every": 2,
-                                "keep_every": 3, "judge_every": 2, **changes})
+    return gan.TrainSettings(**{"data": str(data), "run": str(run), "width": 4, "epochs": 6, "device": "cpu",
+                                "save_every": 2, "keep_every": 3, "judge_every": 2, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +260,7 @@ def test_the_judge_judges_checkpoints_as_training_did(data, judged_run, tmp_path
 
 def test_collapse_is_told_shown_and_marked(data, tmp_path, monkeypatch, capsys):
     """A line, a mark in the log and a picture, once; with --stop-on-collapse the run ends, saved, with exit code 3.
-    After the first bad judgement (epoch 3) each epoch is judged until it is known, also when the run is gone on with."""
+    After the first bad judgement (epoch 3) each epoch is judged until it is known, also when the run goes on."""
     monkeypatch.setattr(gan, "collapsed", lambda judged, last=3: len(judged) >= 1 + last)
     run, told = tmp_path / "run", capsys.readouterr
 
@@ -272,7 +271,7 @@ def test_collapse_is_told_shown_and_marked(data, tmp_path, monkeypatch, capsys):
     assert judged(run) == [(2, False), (4, False), (5, False), (6, True), (8, True)]
     assert [path.name for path in run.glob("collapse-*.png")] == ["collapse-00006.png"]
     assert told().out.count("the faces have collapsed") == 1
-    assert gan.train(settings(data, tmp_path / "two", epochs=4)) == gan.train(settings(data, tmp_path / "two", epochs=8)) == 0
+    assert [gan.train(settings(data, tmp_path / "two", epochs=epochs)) for epochs in (4, 8)] == [0, 0]
     assert judged(tmp_path / "two") == expected
     assert gan.train(settings(data, tmp_path / "stopped", epochs=8, stop_on_collapse=True)) == 3
     assert gan.read_checkpoint(tmp_path / "stopped" / "last.pt")["progress"]["epoch"] == 5
@@ -287,7 +286,8 @@ def test_the_most_similar_faces_are_found(faces, judge):
 
 
 def names(persons: int, photos: int) -> list[str]:
-    return gan.choose_photos([f"p{person:03d}/{photo}.jpg" for person in range(persons) for photo in range(photos)], 0, 0)
+    listed = [f"p{person:03d}/{photo}.jpg" for person in range(persons) for photo in range(photos)]
+    return gan.choose_photos(listed, 0, 0)
 
 
 @pytest.mark.parametrize("persons, photos, limit, expected", [
