@@ -202,7 +202,7 @@ def bench_prepare(options) -> dict:
         settings = gan.PrepareSettings(dataset=str(photos), data=f"{folder}/ours", limit=options.photos, per_person=0)
         manifest = gan.prepare(settings)
         count = manifest["count"] + sum(batch["count"] for batch in manifest["held_out"])
-        contents = [entry.read() for entry in islice(gan.walk_source(Path(photos)), count)]
+        contents = [entry.read() for entry in islice(gan.walk_source(Path(photos), Path(folder)), count)]
 
         def plain() -> None:
             faces = []
