@@ -820,7 +820,7 @@ def collect_faces(settings: PrepareSettings, scratch: Path) -> tuple[list[Face],
     apart = choose_held_out(photos.names, limit)
     with (open(scratch / "faces", "wb") as file, quiet_libraries() as terminal,
           tqdm(unit="face", desc="prepare", file=terminal, disable=not terminal.isatty()) as bar):
-        held_out = photos.take(apart, len(apart), file, bar)
+        held_out = photos.take(apart, max(len(apart), HELD_OUT_FACES), file, bar)
         seen = {face.photo for face in held_out} | photos.skipped.keys()
         faces = photos.take([name for name in photos.names if name not in seen], limit, file, bar)
     if len(held_out) < LEAST_JUDGED:  # nothing could be told from so few
@@ -2672,8 +2672,9 @@ def command_prepare(settings: PrepareSettings) -> int:
         f"{(manifest['count'] + held_out) / seconds:,.0f} a second); look at {settings.data}/faces.png, then `gan.py train`")
     told = "".join(f", {files[key]:,} {words}" for key, words in FATES.items() if files[key])
     say(f"{manifest['photos_found']:,} photos found{told.replace(',', ':', 1)}{unread_text(files['not_read'])}")
-    if (manifest["crops_with_face"] or 1) < 0.5:
-        say(f"warning: {manifest['crops_with_face']:.0%} of the first crops show a face: --crop face looks for them")
+    seen = manifest["crops_with_face"]
+    if seen is not None and seen < 0.5:
+        say(f"warning: only {seen:.0%} of the first crops show a face: --crop face finds them wherever they are")
     if manifest["count"] < FEW_FACES:
         say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES} the generator learns them by heart")
     return 0

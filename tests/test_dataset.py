@@ -11,22 +11,24 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import types
 import zipfile
 import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 import gan
-from conftest import ROOT
+from conftest import ROOT, run_gan
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork, fifos and links, which POSIX systems have")
 
@@ -404,6 +406,195 @@ def test_truncated_photo_is_never_half_a_face(format):
             assert np.array_equal(decoded(data[:length], 32, 1.0), whole), f"{length} of {len(data)} bytes"
         except (OSError, ValueError, SyntaxError, IndexError, struct.error):
             continue
+
+
+# Faces that are not in the middle
+
+@pytest.fixture(scope="module")
+def portraits() -> list[tuple[Image.Image, tuple[float, float, float]]]:
+    """(Portrait, its face's middle x and y and the side of its square, as shares of the portrait): drawn ones that the
+    detector sees, or photos like LFW's from the folder or archive GAN_TEST_PHOTOS."""
+    pytest.importorskip("cv2", reason="the optional library opencv-python-headless is not installed")
+    if "GAN_TEST_PHOTOS" in os.environ:
+        source = Path(os.environ["GAN_TEST_PHOTOS"])
+        with tempfile.TemporaryDirectory() as scratch:
+            entries = list(islice(gan.walk_source(source, Path(scratch)), 200))
+            return [(gan.open_photo(entry.read())[0], (0.5, 0.5, 0.5)) for entry in entries]
+    drawn = [gan.draw_face(np.random.default_rng([1, i]), 160) for i in range(40)]
+    return [(face, (0.5, 0.53, 0.79)) for face in drawn if gan.find_faces(ImageOps.expand(face, 80, "grey"))]
+
+
+def scenery(rng: random.Random, width: int, height: int) -> Image.Image:
+    """A picture without faces: a gradient, with shapes on it."""
+    corners = Image.fromarray(np.array([[rng.choices(range(256), k=3)] * 2, [rng.choices(range(256), k=3)] * 2], np.uint8))
+    picture = corners.resize((width, height), Image.Resampling.BILINEAR)
+    for _ in range(30):
+        x, y, side = rng.randrange(width), rng.randrange(height), rng.randrange(20, width // 4)
+        draw = ImageDraw.Draw(picture)
+        paint = rng.choice([draw.ellipse, draw.rectangle])
+        paint((x, y, x + side, y + rng.randrange(20, width // 4)), tuple(rng.choices(range(256), k=3)))
+    return picture
+
+
+def pasted(rng: random.Random, portraits: list, size: tuple[int, int], count: int) -> tuple[Image.Image, list]:
+    """A picture with so many portraits at random places, scales and light: (picture, (x, y, side) of each face)."""
+    picture, faces, taken = scenery(rng, *size), [], []
+    while len(faces) < count:
+        portrait, (x, y, side) = rng.choice(portraits)
+        scale = int(size[0] * rng.uniform(0.1, 0.3))
+        left, top = rng.randrange(size[0] - scale), rng.randrange(size[1] - scale)
+        if not any(abs(left - other[0]) < max(scale, other[2]) and abs(top - other[1]) < max(scale, other[2])
+                   for other in taken):
+            light = ImageEnhance.Brightness(portrait.resize((scale, scale))).enhance(rng.uniform(0.6, 1.3))
+            picture.paste(light, (left, top))
+            taken.append((left, top, scale))
+            faces.append((left + x * scale, top + y * scale, side * scale))
+    return picture, faces
+
+
+def near(square: tuple, face: tuple, tolerance: float = 0.1) -> bool:
+    """Whether a square's middle is within a tenth of the side of a face's, and its side about the same."""
+    left, top, right, bottom = square
+    x, y, side = face
+    return (max(abs((left + right) / 2 - x), abs((top + bottom) / 2 - y)) < tolerance * side
+            and abs((right - left) / side - 1) < 2.5 * tolerance)
+
+
+def test_faces_are_found_wherever_they_are(portraits):
+    """At least 90 % of four in each of 25 pictures, within a tenth of their side; what else is found is rare."""
+    rng, found, others = random.Random(0), [], 0
+    for _ in range(25):
+        picture, faces = pasted(rng, portraits, (1000, 800), 4)
+        squares = gan.find_faces(picture)
+        assert squares == sorted(squares, key=lambda square: square[0] - square[2])
+        found += [sum(near(square, face) for square in squares) for face in faces]
+        others += len(squares) - sum(any(near(square, face, 0.3) for face in faces) for square in squares)
+    assert sum(map(bool, found)) >= 90 and max(found) == 1 and others <= 4
+
+
+def test_where_there_is_no_face_none_is_found():
+    """In at most one of 30 pictures of shapes, and in none that is plain, tiny or a line."""
+    pytest.importorskip("cv2")
+    rng = random.Random(1)
+    assert sum(bool(gan.find_faces(scenery(rng, 600, 400))) for _ in range(30)) <= 1
+    assert not any(gan.find_faces(Image.new("RGB", size)) for size in [(500, 400), (1, 1), (5000, 3), (28, 28)])
+
+
+def test_crops_follow_the_faces(portraits, tmp_path):
+    """From a JPEG of 12 megapixels, stored lying: each face in its square, whose box is in the upright photo's pixels."""
+    picture, faces = pasted(random.Random(4), portraits, (3000, 4000), 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(picture.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=90, exif=exif)
+    crops, refused = gan.decode_faces(data, 80, "face")
+    assert len(crops) == 3 and not refused
+    for box, pixels in crops:
+        assert sum(near(box, face) for face in faces) == 1
+        expected = np.asarray(picture.resize((80, 80), Image.Resampling.LANCZOS, box=box)).astype(int)
+        assert np.abs(pixels - expected).mean() < 4
+    left, top, right, bottom = crops[0][0]
+    assert right - left == pytest.approx(bottom - top) and right - left > crops[-1][0][2] - crops[-1][0][0]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "LA", "RGBA"])
+def test_faces_are_found_in_every_mode(portraits, mode):
+    """Grey, palette, CMYK and transparent pictures of a face have one."""
+    picture = ImageOps.expand(portraits[0][0], 60, "grey")
+    format = "JPEG" if mode == "CMYK" else "PNG"
+    assert len(gan.decode_faces(encoded(picture.convert(mode), format), 32, "face")[0]) == 1
+
+
+def test_faces_at_the_edge_are_mirrored_or_refused(monkeypatch):
+    """Up to a fifth outside: the rest is the mirror image of what is inside. More: a reason. So with a small one."""
+    data = encoded(Image.fromarray(np.arange(30_000).reshape(100, 100, 3).astype(np.uint8)))
+    squares = [(-10.0, 20.0, 50.0, 80.0), (41.0, -11.0, 101.0, 49.0), (40.0, -13.0, 100.0, 47.0), (0.0, 0.0, 59.0, 59.0)]
+    monkeypatch.setattr(gan, "find_faces", lambda image: squares)
+    crops, refused = gan.decode_faces(data, 60, "face")
+    assert [box for box, _ in crops] == squares[:2] and len(refused) == 2
+    assert "more than a fifth lies outside" in refused[0] and "too small" in refused[1]
+    left, corner = (pixels for _, pixels in crops)
+    assert np.array_equal(left[:, :10], left[:, 19:9:-1])
+    assert np.array_equal(corner[:11], corner[21:10:-1]) and np.array_equal(corner[:, 59], corner[:, 58])
+
+
+def test_one_face_of_a_person_all_of_a_flat_folder(portraits, tmp_path):
+    """The largest face of each of a person's photos, every face of photos in a flat folder; photos without are skipped."""
+    picture = Image.new("RGB", (700, 400), "grey")
+    picture.paste(portraits[0][0].resize((200, 200)), (50, 100))
+    picture.paste(portraits[0][0].resize((300, 300)), (350, 50))
+    files = {"ann/1.png": encoded(picture), "ann/2.png": encoded(picture), "bob/1.png": encoded(picture),
+             "bob/2.png": photo(7)}
+
+    def boxes(kind: str, files: dict) -> list[tuple]:
+        manifest = gan.prepare(gan.PrepareSettings(dataset=str(pack(tmp_path / kind, files)), data=str(tmp_path / "data"),
+                                                   size=32, crop="face"))
+        assert list(reasons(manifest).values()) == ["has no face that is found"]
+        assert manifest["count"] == len(manifest["faces"]) and manifest["files"]["used"] == 3
+        return [(face["photo"], face["box"][2] - face["box"][0]) for face in manifest["faces"]]
+    persons = boxes("photos.zip", files)
+    flat = boxes("flat", {name.replace("/", "-"): data for name, data in files.items()})
+    assert sorted(name for name, _ in persons) == ["ann/1.png", "ann/2.png", "bob/1.png"]
+    assert sorted(name for name, _ in flat) == sorted(2 * ["ann-1.png", "ann-2.png", "bob-1.png"])
+    assert {side for _, side in persons} == {max(side for _, side in flat)} != {side for _, side in flat}
+
+
+def test_many_faces_of_few_photos(tmp_path, monkeypatch):
+    """--limit counts faces; whole photos are held out, a fifth of them where that gives 100 faces; in archives too."""
+    pytest.importorskip("cv2")
+    monkeypatch.setattr(gan, "find_faces", lambda image: [(10.0 * i, 0.0, 10.0 * i + 40, 40.0) for i in range(6)])
+    files, batches = {f"{i:03}.png": encoded(Image.new("RGB", (90, 40), (i, 0, 0))) for i in range(250)}, []
+    for kind, limit, expected in [("photos", 0, (200, 50)), ("a.tgz", 0, (200, 50)), ("photos", 100, (17, 150)),
+                                  ("few", 0, (75, 0))]:
+        source = pack(tmp_path / kind, dict(list(files.items())[:75 if kind == "few" else 250]))
+        manifest = gan.prepare(gan.PrepareSettings(dataset=str(source), data=str(tmp_path / "data"), size=32,
+                                                   crop="face", limit=limit))
+        trained, apart = (Counter(face["photo"] for face in manifest[key]) for key in ("faces", "held_out_faces"))
+        assert (len(trained), len(apart)) == expected and not trained.keys() & apart.keys()
+        assert manifest["count"] == trained.total() == (limit or 6 * len(trained))
+        batches.append((manifest["batches"], manifest["held_out"]))
+    assert batches[0] == batches[1]
+
+
+@pytest.mark.parametrize("absent", [None, types.SimpleNamespace(data=None)])
+def test_without_opencv_there_is_one_line(tmp_path, capsys, monkeypatch, absent):
+    """Without it, or with OpenCV 5, which has no cascades: the pip command, and nothing is written."""
+    monkeypatch.setitem(sys.modules, "cv2", absent)
+    monkeypatch.setitem(sys.modules, "cv2.data", absent)
+    monkeypatch.setattr(gan, "THREAD", threading.local())
+    source = pack(tmp_path / "photos", PEOPLE)
+    line = error_line(capsys, "prepare", "--dataset", source, "--crop", "face", "--data", tmp_path / "data")
+    assert 'pip install "opencv-python-headless<5"' in line and not (tmp_path / "data").exists()
+    assert prepared(source, tmp_path / "data")["crops_with_face"] is None
+
+
+@pytest.mark.parametrize(("crop", "told"), [("1", False), ("0.2", True), ("face", False)])
+def test_crops_that_miss_the_faces_are_told(portraits, tmp_path, capsys, crop, told):
+    """A sample of the crops is looked at: where fewer than half show a face, a line names --crop face."""
+    faces = [portrait for portrait, _ in portraits] * 30
+    source = pack(tmp_path / "photos", {f"{i}.png": encoded(faces[i]) for i in range(30)})
+    assert gan.main(["prepare", "--dataset", str(source), "--data", str(tmp_path / "data"), "--size", "48",
+                     "--crop", crop]) == 0
+    assert ("--crop face" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(("name", "format"), [("a.avif", "AVIF"), ("b.HEIC", "HEIF")])
+def test_avif_and_heic_are_read_where_they_can_be(tmp_path, name, format):
+    """With a Pillow that has AVIF, and with pillow-heif, they are photos like any other."""
+    if format not in gan.readable_here()[0]:
+        pytest.skip(f"nothing here reads {format}")
+    prepared(pack(tmp_path / "photos", {name: encoded(Image.new("RGB", (64, 64), ORANGE), format)}), tmp_path / "data")
+    assert np.abs(gan.load_faces(tmp_path / "data")[0][0].numpy().mean((1, 2)) - ORANGE).max() < 5
+
+
+def test_what_libtiff_says_does_not_reach_the_terminal(tmp_path):
+    """A damaged TIFF is one line, with its reason."""
+    data = bytearray(encoded(noise(), "TIFF", compression="tiff_lzw"))
+    data[200:500] = b"\xff" * 300
+    pack(tmp_path / "photos", {"bad.tif": bytes(data), "good.png": photo(1)})
+    done = run_gan("prepare", "--dataset", "photos", "--size", 32, "--crop", 1, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and "skipped bad.tif: " in done.stdout
+    with pytest.raises(ValueError):
+        gan.open_photo(bytes(data))
 
 
 # Hostile sources
