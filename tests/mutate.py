@@ -124,12 +124,13 @@ def describe(item: WorkItem, result: WorkResult, source: str) -> str:
 
 
 def try_changes(work: WorkDB, tests: Tests, retry: bool) -> None:
-    """Run the tests with each change that has no result yet; with `retry`, also with those that none noticed."""
+    """Run the tests with each change that has no result yet; with `retry`, also with those that none noticed. What
+    takes least comes first."""
     results = dict(work.results)
-    pending = [item for item in sorted(work.work_items, key=lambda item: item.job_id) if item.job_id not in results
-               or retry and results[item.job_id].test_outcome != TestOutcome.KILLED]
-    for number, item in enumerate(pending, 1):
-        names = tests.of(item.mutations[0].start_pos[0])
+    pending = [(item, tests.of(item.mutations[0].start_pos[0])) for item in work.work_items
+               if item.job_id not in results or retry and results[item.job_id].test_outcome != TestOutcome.KILLED]
+    pending.sort(key=lambda both: sum(tests.seconds.get(name, 0) for name in both[1]))
+    for number, (item, names) in enumerate(pending, 1):
         limit, started = 60 + 5 * sum(tests.seconds.get(name, 0) for name in names), time.monotonic()
         result = mutate_and_test(item.mutations, shlex.join([*PYTEST, "-x", *names]), limit)
         work.set_result(item.job_id, result)
