@@ -17,6 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,6 +33,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 NOT_TRIED = re.compile(r"_(Is(Not)?|RShift|LShift|Bit\w+)$")
 
 
+@cache
 def room_of(source: str, line: int) -> str:
     """The room that a line of gan.py belongs to."""
     banners = re.findall(r"^# =+\n# (\w[\w ]*).*\n# =+$", "\n".join(source.splitlines()[:line]), re.MULTILINE)
