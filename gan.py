@@ -9,8 +9,19 @@
     python gan.py train                       DCGAN, WGAN or WGAN-GP (--model); the same command goes on
     python gan.py eval                        http://localhost:8666 makes faces with 128 sliders
 
-The file is laid out in the order in which a face travels through it: settings, faces on disk, networks,
-objectives, balance, run directory, judge, training, drawing, server, command line.
+The file is laid out in the order in which a face travels through it; each room uses only those above it:
+
+    Settings: each one declared once; the command line, config.json and the checkpoints read it here
+    Faces on disk: photos in a folder or archive -> crops -> gzipped uint8 batches and a manifest -> minibatches
+    Networks: DCGAN's shapes (arXiv 1511.06434); where and in which precision they compute; how faces are drawn
+    Objectives: one class per GAN; nothing else in this file asks which GAN it is
+    Balance: which network trains on the next minibatch
+    Run directory: checkpoints, log, sample grids, curves; a kill at any moment leaves them readable
+    Judge: how near drawn faces are to real ones; it needs no download and nobody else's network
+    Training: the pair of networks, its steps, and the loop
+    Drawing faces: PNG files from a trained run
+    Server: a pure function from request to response, and a thin handler around it
+    Command line: one function a command
 
 Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 14 s on two CPU cores (AMD EPYC with bf16, torch 2.13;
 12.4 to 17.2 s); faces are recognisable after 11 epochs. The README has the pictures.
@@ -40,16 +51,17 @@ import time
 import warnings
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from http.client import LineTooLong
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Callable, Iterator
+from typing import Any, BinaryIO, Callable, Iterator, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -63,10 +75,12 @@ LATENT_SIZE = 128  # numbers in a latent vector z
 BATCH_FILE_FACES = 200  # faces in one file of a dataset
 MAX_FILE_BYTES = 100_000_000  # a larger "photo" is skipped: it would only serve to fill the memory
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
+FEW_FACES = 500  # with fewer, a generator learns them by heart
 MIN_FACE_PIXELS = 8  # a crop with a shorter side holds no face
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # none that starts other programs
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
+DEMO_RUN = Path("runs/demo")
 CHECKPOINT_FORMAT = 2
 DATASET_FORMAT = 1
 
@@ -88,6 +102,18 @@ def usable_cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, in one short line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:200]
+
+
+def random_stream(purpose: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of random numbers that are independent of those for other purposes with the same seed."""
+    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 # ================================================================================================
@@ -129,7 +155,7 @@ def balance_rule(text: str) -> str | int:
         return text.lower()
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither accuracy nor half nor a whole number")
-    return between(1, 1000)(text)
+    return int(between(1, 1000)(text))
 
 
 def setting(default, help: str, parse: Callable = str, metavar: str | None = None, fixed: bool = False):
@@ -177,9 +203,11 @@ class TrainSettings:
     seed: int = setting(0, "seed of weights, order and latent vectors", between(0, 2**31 - 1), "N", fixed=True)
     checkpoint: str | None = setting(None, "go on from this one (epoch number or file), not from the last",
                                      metavar="WHICH")
-    sample_every: int = setting(1, "epochs between sample grids", between(1, 10**7), "EPOCHS")
+    sample_every: int | None = setting(None, "epochs between sample grids (default: 1 at first, then 2 % apart)",
+                                       between(1, 10**7), "EPOCHS")
     save_every: int = setting(10, "epochs between checkpoints", between(1, 10**7), "EPOCHS")
-    keep_every: int = setting(100, "epochs between checkpoints that are kept", between(1, 10**7), "EPOCHS")
+    keep_every: int | None = setting(None, "epochs between checkpoints that are kept (default: 1, 2, 4, 8, …)",
+                                     between(1, 10**7), "EPOCHS")
     judge_every: int = setting(10, "epochs between judgements; kept checkpoints are judged too", between(1, 10**7),
                                "EPOCHS")
     stop_on_collapse: bool = setting(False, "end the run (exit code 3) when the faces collapse")
@@ -228,7 +256,7 @@ class DemoSettings:
 
 
 # ================================================================================================
-# Faces on disk: photos in a folder or archive -> crops -> gzipped uint8 batches and a manifest
+# Faces on disk: photos in a folder or archive -> crops -> gzipped uint8 batches and a manifest -> minibatches
 # ================================================================================================
 
 HELD_OUT_FACES = 1000  # at most; the judge compares with them
@@ -310,12 +338,6 @@ def walk_tar(path: Path) -> Iterator[Entry]:
             if is_photo_name(member.name) and not member.isdir():
                 yield checked(member.name, lambda: archive.extractfile(member).read(), member.size,
                               link=member.issym() or member.islnk(), regular=member.isreg())
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error, in one short line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:200]
 
 
 def persons_of(names: list[str]) -> dict[str, str]:
@@ -718,6 +740,29 @@ def load_faces(data: Path, kind: str = "batches") -> tuple[Tensor, list[dict]]:
     return faces, batches
 
 
+class TrainingFaces:
+    """The faces of a dataset on a device: the number of an epoch -> its minibatches.
+
+    `images` are uint8 (N, 3, S, S): four times less memory and traffic than float faces. `minibatches` is how many an
+    epoch has, each of `batch_size` faces; what does not fill one is left out, in each epoch others."""
+
+    def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device):
+        """UserError where the dataset is not whole."""
+        images, self.files = load_faces(data)
+        self.images, self.size = images.to(device), images.shape[-1]
+        self.batch_size, self.seed = min(batch_size, len(images)), seed
+        self.minibatches = len(images) // self.batch_size
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[Tensor]:
+        """The minibatches of an epoch from number `first` on: float faces (batch_size, 3, S, S) in [-1, 1].
+
+        Their order depends on the seed and the epoch alone, so a resumed epoch goes on in the order it began with."""
+        order = torch.randperm(len(self.images), generator=random_stream(f"order of epoch {number}", self.seed))
+        picks = order.to(self.images.device).split(self.batch_size)
+        for picked in picks[first:self.minibatches]:
+            yield to_face(self.images[picked]).contiguous(memory_format=torch.channels_last)
+
+
 def to_face(images: Tensor) -> Tensor:
     """uint8 images in 0..255 -> float faces in [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -759,11 +804,47 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 # ================================================================================================
-# Networks: DCGAN's shapes (arXiv 1511.06434), from a base of 4 to 7 pixels, one stage a doubling
+# Networks: DCGAN's shapes (arXiv 1511.06434); where and in which precision they compute; how faces are drawn
 # ================================================================================================
 
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU. UserError where the one asked for is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name != "auto" and not available[name]:
+        raise UserError(f"--device {name} is not available here: leave it out, or say cpu")
+    return torch.device(next(device for device in available if available[device]) if name == "auto" else name)
+
+
+@cache
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto: 'bf16' where the device is known to multiply matrices of it natively, else 'fp32'; emulated, bf16 takes a
+    hundred times as long as float32. Timing both would tell of any processor, but not the same on a busy machine."""
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        with suppress(OSError):  # there is no such file but on Linux
+            native = bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()))
+    return name if name != "auto" else "bf16" if native else "fp32"
+
+
+def autocast(device: torch.device, precision: str = "auto") -> Callable:
+    """What makes the context in which networks compute in the precision, their weights staying float32."""
+    bf16 = pick_precision(precision, device) == "bf16"
+    return partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
+
+
+def channels_last(network: Network, device: torch.device) -> Network:
+    """The network on its device, in the memory layout in which convolutions are fastest."""
+    return nn.utils.convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
+
+
 def stage_channels(size: int, width: int) -> tuple[int, list[int]]:
-    """(base, channels of the stages from the smallest to the largest): 80, 64 -> (5, [512, 256, 128, 64])."""
+    """(base of 4 to 7 pixels, channels of the stages, one a doubling, from the smallest): 80, 64 -> (5, [512, 256, 128,
+    64])."""
     base, doublings = size, 0
     while base > 7:
         base, doublings = base // 2, doublings + 1
@@ -889,13 +970,7 @@ class Discriminator(nn.Module):
         return gradient
 
 
-def random_stream(purpose: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of random numbers that are independent of those for other purposes with the same seed."""
-    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def seeded(seed: int, make: Callable[..., nn.Module], *arguments) -> nn.Module:
+def seeded(seed: int, make: type[Network], *arguments) -> Network:
     """A network with torch's default weights, drawn on the CPU from the seed alone, so the same for every device.
 
     DCGAN's N(0, 0.02) would give a critic with InstanceNorm gradients of norm 10 and more at first: Adam remembers them
@@ -903,6 +978,35 @@ def seeded(seed: int, make: Callable[..., nn.Module], *arguments) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_stream(make.__name__, seed).initial_seed())
         return make(*arguments)
+
+
+@torch.inference_mode()
+def draw(generator: nn.Module, z: Tensor, chunk: int = 100) -> Tensor:
+    """Latent vectors (N, 128) -> uint8 images (N, 3, S, S) on the CPU, `chunk` at a time.
+
+    In evaluation mode, so that a face does not depend on the others drawn with it, and in bf16 where that is native: it
+    takes two thirds of the time and changes no colour by more than a few of 255 steps."""
+    device = next(generator.parameters()).device
+    training = generator.training
+    generator.eval()
+    with autocast(device)():
+        images = torch.cat([to_image(generator(part.to(device))) for part in z.split(chunk)])
+    generator.train(training)
+    return images.contiguous()
+
+
+def draw_latents(count: int, seed: int, min_abs: float = 0.0) -> Tensor:
+    """Latent vectors (count, 128), standard normal; with min_abs, given that no number is nearer to 0 than that.
+
+    Vectors with many numbers near 0 draw pale faces: in training a vector's length is near sqrt(128)."""
+    random = torch.Generator().manual_seed(seed)
+    if min_abs == 0:
+        return torch.randn(count, LATENT_SIZE, generator=random)
+    tail = (1 - math.erf(min_abs / math.sqrt(2))) / 2  # probability beyond min_abs on one side
+    uniform = torch.rand(count, LATENT_SIZE, generator=random, dtype=torch.float64)
+    size = -torch.special.ndtri((uniform * tail).clamp_min(1e-300))
+    sign = torch.randint(0, 2, (count, LATENT_SIZE), generator=random) * 2 - 1
+    return size.float().clamp_min(min_abs) * sign
 
 
 # ================================================================================================
@@ -914,23 +1018,38 @@ def on_gpu(network: nn.Module) -> bool:
     return next(network.parameters()).is_cuda
 
 
-class Objective:
-    """What one GAN asks of the training loop.
-
-    Each adds learning_rate; optimizer(network), the paper's; discriminator_loss(real, fake) and generator_loss(fake),
-    from scores (N,), (M,) of the discriminator to a scalar; accuracies(real, fake), from scores to both in [0, 1]."""
+class Objective(ABC):
+    """What one GAN asks of training: losses and accuracies from the discriminator's scores (N,), an optimizer, a
+    constraint, and when its discriminator is behind."""
+    learning_rate: float  # the default
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d  # of the discriminator
     enough = 0.9  # the accuracy below which the discriminator is behind
     afterwards = 0  # discriminator updates after each of the generator's, whatever the accuracy
 
     def __init__(self, settings: TrainSettings):
         self.clip = settings.clip
-        self.learning_rate = settings.learning_rate or self.learning_rate
+        self.learning_rate = settings.learning_rate or type(self).learning_rate
+
+    @abstractmethod
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """The paper's."""
+
+    @abstractmethod
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """A scalar from the scores of real and fake faces."""
+
+    @abstractmethod
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        """A scalar from the scores of fake faces."""
+
+    @abstractmethod
+    def accuracies(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """The discriminator's and the generator's, scalars in [0, 1]."""
 
     def adam(self, network: nn.Module, betas: tuple[float, float]) -> torch.optim.Optimizer:
         return torch.optim.Adam(network.parameters(), self.learning_rate, betas, fused=True, capturable=on_gpu(network))
 
-    def penalty(self, discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+    def penalty(self, discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
         """What a discriminator update adds to its loss; faces (N, 3, S, S), mix (N,) uniform in [0, 1]: nothing."""
         return real.new_zeros(())
 
@@ -992,14 +1111,14 @@ class WGANGP(WGAN):
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return self.adam(network, betas=(0.0, 0.999))
 
-    def penalty(self, discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+    def penalty(self, discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
         """10 · mean over samples of (‖gradient‖ - 1)² at real·mix + fake·(1 - mix); the Euclidean norm is taken
         over all inputs of a sample."""
         gradient = discriminator.input_gradient(torch.lerp(fake, real, mix[:, None, None, None]))
         return 10 * (at_least_float32(gradient).flatten(1).norm(dim=1) - 1).square().mean()
 
 
-OBJECTIVES = {"DCGAN": DCGAN, "WGAN": WGAN, "WGAN-GP": WGANGP}
+OBJECTIVES: dict[str, type[Objective]] = {"DCGAN": DCGAN, "WGAN": WGAN, "WGAN-GP": WGANGP}
 
 
 # ================================================================================================
@@ -1046,6 +1165,10 @@ class Balance:
 # ================================================================================================
 # Run directory: checkpoints, log, sample grids, curves; a kill at any moment leaves them readable
 # ================================================================================================
+
+COLUMNS = ("discriminator_accuracy", "generator_accuracy", "discriminator_loss", "generator_loss", "gradient_penalty",
+           "discriminator_share")  # what each minibatch measures
+
 
 @dataclass
 class Progress:
@@ -1097,8 +1220,8 @@ def kept_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def find_run(named: str | None) -> Path:
-    """The run folder that --run names; None: the run in runs/ that was saved last."""
-    saved = sorted(Path("runs").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    """The run folder that --run names; None: the run in runs/ that was saved last, the demo's only where it is alone."""
+    saved = sorted(Path("runs").glob("*/last.pt"), key=lambda path: (path.parent != DEMO_RUN, path.stat().st_mtime))
     if not (named or saved):
         raise UserError("no run in runs/: train one with `gan.py train`, or name yours with --run")
     return Path(named) if named else saved[-1].parent
@@ -1119,27 +1242,38 @@ def find_checkpoint(run: Path, which: str | None) -> Path:
     return path
 
 
-def newest_good_checkpoint(run: Path) -> dict | None:
-    """The state to go on from: last.pt, else the newest whole one; None in a new run. Says what it passes over."""
+def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
+    """The averaged generator of a checkpoint, in evaluation mode, and what is known of it: model, epoch, image_size."""
+    state = read_checkpoint(path)
+    settings = state["settings"]
+    generator = Generator(state["image_size"], settings["width"])
+    generator.load_state_dict(state["networks"]["averaged"])
+    facts = {"model": settings["model"], "epoch": state["progress"]["epoch"], "image_size": state["image_size"],
+             "data": settings["data"]}
+    return channels_last(generator, device).eval().requires_grad_(False), facts
+
+
+def checkpoint_to_go_on_from(run: Path, which: str | None) -> tuple[Path | None, dict]:
+    """The file that --checkpoint WHICH names and its state; None: last.pt, else the newest whole one, saying what is
+    passed over. (None, {}) in a new run."""
+    if which:
+        named = find_checkpoint(run, which)
+        return named, read_checkpoint(named)
     last, previous = run / "last.pt", run / "previous.pt"
     paths = [path for path in [last, previous, *reversed(kept_checkpoints(run).values())] if path.exists()]
-    if not paths:
-        return None
-    good = []
+    good: list[tuple[Path | None, dict]] = []
     for path in paths:
         try:
-            good.append((read_checkpoint(path), path))
+            good.append((path, read_checkpoint(path)))
         except UserError as error:
             say(f"passed over: {error}")
             if path == last:
                 os.replace(last, run / "last.pt.damaged")  # the next save must not put it in the place of previous.pt
         if good and path != previous:
             break  # those behind are older
-    if not good:
+    if paths and not good:
         raise UserError(f"no checkpoint in {run} can be read: start anew with another --run")
-    state, path = max(good, key=lambda pair: pair[0]["progress"]["images_seen"])
-    say(f"going on from {path}, epoch {state['progress']['epoch']}")
-    return state
+    return max(good, key=lambda pair: pair[1]["progress"]["images_seen"], default=(None, {}))
 
 
 def save_last(run: Path, state: dict) -> None:
@@ -1180,12 +1314,13 @@ def draw_curves(run: Path, lines: list[dict]) -> None:
     FigureCanvasAgg(figure)  # draws to memory: no window, no display needed
     panels = figure.subplots(6 if judged else 3, 1, sharex=True)
     share = {"ylim": (-0.02, 1.02)}
-    contents = [("accuracy", ["discriminator_accuracy", "generator_accuracy"], share),
-                ("loss", ["discriminator_loss", "generator_loss", "gradient_penalty"], {}),
-                ("share of discriminator updates", ["discriminator_share"], share),
-                ("distance to real faces", ["frechet", "swd"], {"yscale": "log"}),
-                ("share", ["precision", "recall", "coverage"], share),
-                ("similarity, memory", ["ms_ssim", "ms_ssim_real", "memory"], {})]
+    contents: list[tuple[str, list[str], dict[str, Any]]] = [
+        ("accuracy", ["discriminator_accuracy", "generator_accuracy"], share),
+        ("loss", ["discriminator_loss", "generator_loss", "gradient_penalty"], {}),
+        ("share of discriminator updates", ["discriminator_share"], share),
+        ("distance to real faces", ["frechet", "swd"], {"yscale": "log"}),
+        ("share", ["precision", "recall", "coverage"], share),
+        ("similarity, memory", ["ms_ssim", "ms_ssim_real", "memory"], {})]
     for panel, (title, names, scale) in zip(panels, contents):
         for name in names:
             rows = lines if name in COLUMNS else [{"epoch": line["epoch"], **line["scores"]} for line in judged]
@@ -1206,69 +1341,173 @@ def draw_curves(run: Path, lines: list[dict]) -> None:
     atomic_write(run / "curves.png", buffer.getbuffer())
 
 
+def check_resumable(settings: TrainSettings, faces: TrainingFaces, state: dict, run: Path) -> None:
+    """Refuse to go on with another network or with other faces than the run began with."""
+    then = state["settings"]
+    changed = [f"--{f.name.replace('_', '-')} {then[f.name]} (now {getattr(settings, f.name)})"
+               for f in fields(settings) if f.metadata["fixed"] and then[f.name] != getattr(settings, f.name)]
+    if state["image_size"] != faces.size:
+        changed.append(f"{state['image_size']}-pixel faces (now {faces.size})")
+    if changed:
+        raise UserError(f"{run} was begun with {', '.join(changed)}: say the same again, or name another --run")
+    foreign = [f"{file['file']} was not among them" for file in faces.files if file["sha256"] not in state["faces"]]
+    if foreign or len(faces.files) != len(state["faces"]):
+        raise UserError(f"the faces changed since {run} began: {Path(settings.data) / (foreign or ['manifest.json lists fewer'])[0]}. "
+                        "Prepare them again as they were, or name another --run")
+
+
 class Writer:
     """Writes a run's files in a thread of its own, in the order of asking, so that training need not wait for a disk.
 
-    After a failure nothing more is written, and the next `ask` or the end raises it."""
+    After a failure nothing more is written, so that no checkpoint stands for pictures that are not there; who asks next, or
+    the end, raises it."""
     MOST_WAITING = 4  # then asking waits: what is to be written is in memory
 
     def __enter__(self) -> Writer:
-        self.thread, self.waiting, self.failure = ThreadPoolExecutor(1), deque(), None
+        self.thread = ThreadPoolExecutor(1)
+        self.waiting: deque[Future] = deque()
         return self
 
     def ask(self, write: Callable, *arguments) -> None:
         """Have write(*arguments) called; the arguments must not change afterwards."""
-        if len(self.waiting) >= self.MOST_WAITING:
+        while self.waiting and (self.waiting[0].done() or len(self.waiting) >= self.MOST_WAITING):
             self.waiting.popleft().result()
-        if self.failure:
-            raise self.failure
-        self.waiting.append(self.thread.submit(self.work, write, arguments))
+        before = self.waiting[-1] if self.waiting else None
+        self.waiting.append(self.thread.submit(self.write_after, before, write, arguments))
+
+    @staticmethod
+    def write_after(before: Future | None, write: Callable, arguments: tuple) -> None:
+        if before:
+            before.result()
+        write(*arguments)
 
     def finish(self) -> None:
         """Wait until all is written that was asked for."""
         while self.waiting:
             self.waiting.popleft().result()
 
-    def work(self, write: Callable, arguments: tuple) -> None:
-        if not self.failure:
-            try:
-                write(*arguments)
-            except BaseException as error:  # whatever it is, it belongs to the thread that asked
-                self.failure = error
-
     def __exit__(self, kind, *_) -> None:
         self.thread.shutdown()
-        if self.failure and not kind:
-            raise self.failure
+        if not kind:
+            self.finish()
 
 
-class RunLock:
-    """Holds a run folder for one training process. The system lets go of it when the process ends, however it ends."""
-
-    def __init__(self, run: Path):
-        self.path = run / "train.lock"
-
-    def __enter__(self) -> RunLock:
-        self.file = open(self.path, "a+")
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run folder for this process. The system lets go of it when the process ends, however it ends."""
+    with open(run / "train.lock", "a+") as file:
         try:
-            if os.name == "posix":
+            if sys.platform != "win32":
                 import fcntl
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
                 import msvcrt
-                self.file.seek(2 ** 30)  # locks one byte far behind the text, which others may then read
-                msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
+                file.seek(2 ** 30)  # locks one byte far behind the text, which others may then read
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError:
-            self.file.close()
-            raise UserError(f"{self.path.parent} is being trained by process {self.path.read_text().strip()}: wait for "
-                            "it, or name another folder with --run") from None
-        self.file.truncate(0)
-        self.file.write(str(os.getpid()))
-        self.file.flush()
+            holder = (run / "train.lock").read_text().strip()
+            raise UserError(f"{run} is being trained by process {holder}: wait for it, or name another folder with "
+                            "--run") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def is_kept(epoch: int, every: int | None, per_doubling: int) -> bool:
+    """Whether a file of this epoch is kept for good: of every so many epochs; None: of so many each time that the
+    number of epochs doubles, evenly spread, so that a long run does not fill the disk with what hardly differs."""
+    if every:
+        return epoch % every == 0
+    return epoch == 1 or int(per_doubling * math.log2(epoch)) > int(per_doubling * math.log2(epoch - 1))
+
+
+class Run:
+    """A run's folder while it is trained: its state on disk, its log, its pictures. Enter it to hold the folder; leaving
+    it waits for what is still to be written."""
+    GRIDS_PER_DOUBLING = 35  # each epoch up to 50, then 2 % apart: some 250 of 3,000 epochs
+    CHECKPOINTS_PER_DOUBLING = 1  # 1, 2, 4, 8, …
+
+    def __init__(self, settings: TrainSettings, faces: TrainingFaces):
+        self.path, self.settings, self.faces = Path(settings.run or f"runs/{settings.model.lower()}"), settings, faces
+        self.fixed_z = draw_latents(100, settings.seed)
+        self.log: list[dict] = []
+
+    def __enter__(self) -> Run:
+        (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.path))
+            self.writer = stack.enter_context(Writer())
+            self.held = stack.pop_all()
         return self
 
-    def __exit__(self, *_) -> None:
-        self.file.close()
+    def __exit__(self, *failure) -> None:
+        self.held.__exit__(*failure)
+
+    def resume(self, pair: Pair) -> None:
+        """Give the networks the state that --checkpoint names, else the newest, and the log its epochs; where there is
+        none, begin the run with grids of real and of untrained faces. UserError where settings or faces do not fit."""
+        for folder in (self.path, self.path / "samples"):
+            remove_orphans(folder)
+        path, state = checkpoint_to_go_on_from(self.path, self.settings.checkpoint)
+        if path:
+            check_resumable(self.settings, self.faces, state, self.path)
+            pair.load_state(state)
+        say(f"going on from {path}, epoch {pair.progress.epoch}" if path else f"starting a new run in {self.path}")
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                    "gan.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+        config = {"settings": asdict(self.settings), "image_size": self.faces.size, "versions": versions}
+        atomic_write(self.path / "config.json", json.dumps(config, indent=1).encode())
+        self.log = read_log(self.path, pair.progress.epoch)
+        atomic_write(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
+        if not path:
+            write_grid(self.path / "samples" / "real.png", self.faces.images[:100].cpu())
+            self.save_grid(pair, 0)
+
+    def is_due(self, every: int, epoch: int) -> bool:
+        """Whether this epoch is one of every so many, or the last."""
+        return epoch % every == 0 or epoch >= self.settings.epochs
+
+    def keeps_checkpoint(self, epoch: int) -> bool:
+        """Whether the checkpoint of an epoch is kept."""
+        return is_kept(epoch, self.settings.keep_every, self.CHECKPOINTS_PER_DOUBLING)
+
+    def check_finite(self, pair: Pair) -> None:
+        """Stop a run whose numbers are not finite before anything of it is saved: UserError says how to go on."""
+        if problem := pair.not_finite():
+            self.writer.finish()
+            good = [epoch for epoch in kept_checkpoints(self.path) if epoch <= pair.progress.epoch]
+            again = f"gan.py train --run {self.path}"
+            raise UserError(f"{problem}: stopped, {self.path / 'last.pt'} is from before. The last good kept checkpoint is "
+                            + (f"epoch {good[-1]}; go on from it with: {again} --checkpoint {good[-1]}" if good else
+                               f"none yet; last.pt is gone on from with: {again}"))
+
+    def record(self, pair: Pair, line: dict, best: bool) -> None:
+        """Write what is due after an epoch: its line of the log, grids, curves, checkpoints."""
+        epoch = line["epoch"]
+        self.log.append(line)
+        append_log(self.path, line)
+        if is_kept(epoch, self.settings.sample_every, self.GRIDS_PER_DOUBLING) or epoch >= self.settings.epochs:
+            self.save_grid(pair, epoch)
+        if best:
+            self.save(pair, "best.pt")
+        if self.keeps_checkpoint(epoch):
+            self.save(pair, f"epoch-{epoch:05d}.pt")
+        if self.is_due(self.settings.save_every, epoch):
+            self.save(pair)
+            self.writer.ask(draw_curves, self.path, list(self.log))
+
+    def save_grid(self, pair: Pair, epoch: int) -> None:
+        """Draw the same 100 latent vectors as always."""
+        path = self.path / "samples" / f"epoch-{epoch:05d}.png"
+        self.writer.ask(write_grid, path, draw(pair.averaged, self.fixed_z))
+
+    def save(self, pair: Pair, name: str = "") -> None:
+        """Write a checkpoint: the named one, or last.pt."""
+        state = {"version": CHECKPOINT_FORMAT, "settings": asdict(self.settings), "image_size": self.faces.size,
+                 "faces": [file["sha256"] for file in self.faces.files],
+                 "scores": self.log[-1].get("scores") if self.log else None, **pair.state()}
+        self.writer.ask(*((write_checkpoint, self.path / name) if name else (save_last, self.path)), state)
 
 
 # ================================================================================================
@@ -1485,31 +1724,37 @@ def collapsed(judged: list[dict], last: int = 3) -> bool:
 class Jury:
     """Judges a run while it trains: scores for its log, its best checkpoint, the alarm when faces collapse."""
 
-    def __init__(self, settings: TrainSettings, faces: Tensor, run: Path, device: torch.device, log: list[dict]):
-        """UserError where the dataset holds too few faces to judge by."""
-        self.run, self.judge = run, Judge(faces, load_faces(Path(settings.data), "held_out")[0], device)
-        self.z = draw_latents(self.judge.count, settings.seed + 1)
-        self.judged = [line["scores"] for line in log if "scores" in line]
-        self.best = math.inf
+    def __init__(self, run: Run, device: torch.device):
+        self.run, self.judge, self.best = run, None, math.inf
+        self.judged = [line["scores"] for line in run.log if "scores" in line]
+        try:
+            held_out, _ = load_faces(Path(run.settings.data), "held_out")
+            self.judge = Judge(run.faces.images, held_out, device)
+            self.z = draw_latents(self.judge.count, run.settings.seed + 1)
+        except UserError as error:
+            say(f"nothing is judged: {error}")
         with suppress(UserError, KeyError, TypeError):
-            self.best = read_checkpoint(run / "best.pt")["scores"]["frechet"]
+            self.best = read_checkpoint(run.path / "best.pt")["scores"]["frechet"]
 
-    @property
-    def suspicious(self) -> bool:
-        """Whether the faces may be collapsing: then each epoch is judged, so that it is known within three."""
-        return collapsed(self.judged, 1) and not collapsed(self.judged)
+    def is_due(self, epoch: int) -> bool:
+        """Now and then, for each kept checkpoint, and each epoch while the faces may be collapsing, so that it is known
+        within three."""
+        suspicious = collapsed(self.judged, 1) and not collapsed(self.judged)
+        return suspicious or self.run.keeps_checkpoint(epoch) or self.run.is_due(self.run.settings.judge_every, epoch)
 
-    def consider(self, pair: Pair, line: dict, writer: Writer) -> bool:
-        """Add scores to an epoch's line of the log, and whether the faces have collapsed; say so when they do. Returns
-        whether the scores are the best so far: those with the least Fréchet distance, because it alone rises with blur,
-        with noise and with repetition (tests/test_judge.py); the others see one or two of these."""
-        drawn = draw(pair.averaged, self.z)
+    def consider(self, generator: Generator, line: dict) -> bool:
+        """Add scores to an epoch's line of the log, if they are due, and whether the faces have collapsed; say so when
+        they do. Returns whether the scores are the best so far: those with the least Fréchet distance, because it alone
+        rises with blur, with noise and with repetition (tests/test_judge.py); the others see one or two of these."""
+        if not self.judge or not self.is_due(line["epoch"]):
+            return False
+        drawn = draw(generator, self.z)
         line["scores"] = self.judge.score(drawn)
         self.judged.append(line["scores"])
         line["collapsed"] = collapsed(self.judged)
         if line["collapsed"] and not collapsed(self.judged[:-1]):
-            path = self.run / f"collapse-{line['epoch']:05d}.png"
-            writer.ask(write_grid, path, self.judge.most_similar(drawn))
+            path = self.run.path / f"collapse-{line['epoch']:05d}.png"
+            self.run.writer.ask(write_grid, path, self.judge.most_similar(drawn))
             say(f"the faces have collapsed (epoch {line['epoch']}: coverage {line['scores']['coverage']:.2f}, similarity "
                 f"{line['scores']['ms_ssim']:.2f}, of real ones {line['scores']['ms_ssim_real']:.2f}): look at {path}; "
                 "best.pt is from before")
@@ -1545,45 +1790,11 @@ def judge(settings: JudgeSettings) -> int:
 
 
 # ================================================================================================
-# Training
+# Training: the pair of networks, its steps, and the loop
 # ================================================================================================
 
-COLUMNS = ("discriminator_accuracy", "generator_accuracy", "discriminator_loss", "generator_loss", "gradient_penalty",
-           "discriminator_share")  # what each minibatch measures
 AVERAGE_HALF_LIFE = 0.05  # of the averaged generator, as a share of the images seen: it forgets the beginning of a run
 COLLAPSED = 3  # the exit code of --stop-on-collapse
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. UserError where the one asked for is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name != "auto" and not available[name]:
-        raise UserError(f"--device {name} is not available here: leave it out, or say cpu")
-    return torch.device(next(device for device in available if available[device]) if name == "auto" else name)
-
-
-@cache
-def pick_precision(name: str, device: torch.device) -> str:
-    """auto: 'bf16' where the device is known to multiply matrices of it natively, else 'fp32'; emulated, bf16 takes a
-    hundred times as long as float32. Timing both would tell of any processor, but not the same on a busy machine."""
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        with suppress(OSError):  # there is no such file but on Linux
-            native = bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()))
-    return name if name != "auto" else "bf16" if native else "fp32"
-
-
-def autocast(device: torch.device, precision: str = "auto") -> Callable:
-    """What makes the context in which networks compute in the precision, their weights staying float32."""
-    bf16 = pick_precision(precision, device) == "bf16"
-    return partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
-
-
-def channels_last(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network on its device, in the memory layout in which convolutions are fastest."""
-    return network.to(device, memory_format=torch.channels_last)
 
 
 def on_cpu(value):
@@ -1616,14 +1827,18 @@ def record_cuda_graphs(steps: dict[str, Callable[[], None]]) -> dict[str, Callab
 
 
 class Pair:
-    """Generator and discriminator, the averaged generator, the optimizers and the random numbers of a run.
+    """Generator and discriminator, the averaged generator, the optimizers, the balance between them and the random
+    numbers of a run: all that training changes.
 
     A minibatch is made of steps without arguments: measure, then update one network; or both in one, while a run of
     discriminator updates lasts. They read and write the same memory each time, so that a GPU can be handed each as one
     recorded graph: launching their hundreds of small kernels takes longer than the kernels."""
+    fake: Tensor  # what `measure` leaves for `update`
+    losses: dict[str, Tensor]
 
     def __init__(self, settings: TrainSettings, size: int, device: torch.device):
         self.objective = OBJECTIVES[settings.model](settings)
+        self.balance = Balance(settings.balance, self.objective.enough, self.objective.afterwards)
         self.generator = channels_last(seeded(settings.seed, Generator, size, settings.width), device)
         self.discriminator = channels_last(
             seeded(settings.seed, Discriminator, size, settings.width, self.objective.norm), device)
@@ -1633,9 +1848,10 @@ class Pair:
         self.random = random_stream("latent vectors", settings.seed, device)
         self.device = device
         self.progress = Progress()
+        self.rows: list[Tensor] = []  # COLUMNS of each minibatch of the unfinished epoch
         self.precision = pick_precision(settings.precision, device)
         self.autocast = autocast(device, self.precision)
-        self.real = None  # the minibatch's faces; with it come z, mix and row
+        self.real = torch.empty(0, device=device)  # the minibatch's faces; with it come z, mix and row
         self.steps = self.plain_steps(keep_graph=False)
         # Updates before a GPU records them: libraries choose their kernels and optimizers make their state.
         self.warm_up = {"discriminator": 3, "generator": 3} if device.type == "cuda" else {}
@@ -1643,19 +1859,19 @@ class Pair:
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.generator, "discriminator": self.discriminator, "averaged": self.averaged}
 
-    def train_on(self, real: Tensor, balance: Balance) -> Tensor:
+    def train_on(self, real: Tensor) -> Tensor:
         """Measure both accuracies on a minibatch of faces (N, 3, S, S), N the same each time, and train the network
-        whose turn it is. Returns a row of COLUMNS on the device, for which the host waits only to choose."""
-        if self.real is None:
+        whose turn it is. Returns its row of COLUMNS, on the device: the host waits for it only to choose."""
+        if self.real.shape != real.shape:
             self.real, self.z = torch.empty_like(real), real.new_empty(len(real), LATENT_SIZE)
             self.mix, self.row = real.new_empty(len(real)), real.new_empty(len(COLUMNS))
         self.real.copy_(real)
         self.z.normal_(generator=self.random)
-        if balance.decided:
-            turn, step = balance.choose(0, 0), "run"
+        if self.balance.decided:
+            turn, step = self.balance.choose(0, 0), "run"
         else:
             self.steps["measure"]()
-            turn = step = balance.choose(*self.row[:2].tolist())
+            turn = step = self.balance.choose(*self.row[:2].tolist())
         if turn == "discriminator":
             self.mix.uniform_(generator=self.random)
         self.steps[step]()
@@ -1664,7 +1880,8 @@ class Pair:
             self.warm_up[turn] -= 1
             if max(self.warm_up.values()) <= 0:
                 self.record_steps(record_cuda_graphs)
-        return self.row.clone()
+        self.rows.append(self.row.clone())
+        return self.rows[-1]
 
     def plain_steps(self, keep_graph: bool) -> dict[str, Callable[[], None]]:
         """The steps by name, in an order in which they can be recorded: with keep_graph, both updates can follow one
@@ -1679,7 +1896,6 @@ class Pair:
             self.steps = record(self.plain_steps(keep_graph=True))
         except RuntimeError as error:
             say(f"CUDA graphs do not work here ({one_line(error)}): training goes on without, more slowly")
-            self.fake = self.losses = None
 
     def measure(self, generator_may_train: bool = True) -> None:
         """Both networks' forward passes: faces, accuracies and losses."""
@@ -1709,7 +1925,7 @@ class Pair:
         self.row[4].copy_(penalty.detach())
         self.row[5].fill_(turn == "discriminator")
         if not keep_graph:
-            self.fake = self.losses = None  # lets go of the activations
+            del self.fake, self.losses  # and with them the activations
 
     def run_of_discriminator(self) -> None:
         """A minibatch of a run of discriminator updates: the generator needs no graph."""
@@ -1729,21 +1945,49 @@ class Pair:
         move_average(self.averaged, self.generator, (progress.images_seen - progress.averaged_at) / half_life)
         progress.averaged_at = progress.images_seen
 
+    def not_finite(self) -> str:
+        """What of the networks and of this epoch's losses is not a finite number; empty where all is well."""
+        epoch = self.progress.epoch + 1
+        for name, network in self.networks().items():
+            if not torch.stack([weight.isfinite().all() for weight in network.parameters()]).all():  # one wait, not forty
+                return f"the weights of the {name} are not finite in epoch {epoch}"
+        bad = ~torch.stack(self.rows)[:, 2:4].isfinite()
+        if bad.any():
+            minibatch, column = bad.nonzero()[0].tolist()
+            owner = COLUMNS[2 + column].removesuffix("_loss")
+            return f"the loss of the {owner} is not finite since epoch {epoch}, minibatch {minibatch + 1}"
+        return ""
+
+    def finish_epoch(self) -> dict:
+        """Begin the next epoch. Returns what the log says of this one: means over its minibatches. Only `seconds`
+        depends on the clock."""
+        means = dict(zip(COLUMNS, torch.stack(self.rows).double().nanmean(0).tolist()))
+        seconds, self.rows, progress = self.progress.seconds, [], self.progress
+        progress.epoch, progress.minibatch, progress.seconds = progress.epoch + 1, 0, 0.0
+        return {"epoch": progress.epoch, "images_seen": progress.images_seen,
+                "discriminator_updates": progress.discriminator_updates, "generator_updates": progress.generator_updates,
+                **{name: None if math.isnan(mean) else round(mean, 6) for name, mean in means.items()},
+                "seconds": round(seconds, 2)}
+
     def state(self) -> dict:
         """A copy on the CPU of all that must be saved to go on exactly, in plain types and tensors."""
         return on_cpu({
             "networks": {name: network.state_dict() for name, network in self.networks().items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "random": self.random.get_state(), "device": self.device.type, "progress": asdict(self.progress)})
+            "random": self.random.get_state(), "device": self.device.type, "progress": asdict(self.progress),
+            "stats": self.rows, "discriminator_left": self.balance.discriminator_left})
 
     def load_state(self, state: dict) -> None:
-        """Take over what `state` returned, on this or another kind of device."""
+        """Take over a checkpoint: what `state` returned, on this or another kind of device, and the run's settings."""
         for name, network in self.networks().items():
             network.load_state_dict(state["networks"][name])
-        for name, optimizer in self.optimizers.items():
+        for turn, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]  # ours: some of their flags belong to the device
-            optimizer.load_state_dict({**state["optimizers"][name], "param_groups": groups})
+            optimizer.load_state_dict({**state["optimizers"][turn], "param_groups": groups})
         self.progress = Progress(**state["progress"])
+        self.rows = [row.to(self.device) for row in state["stats"][:self.progress.minibatch]]
+        if state["settings"]["balance"] == self.balance.rule:
+            self.balance.discriminator_left = state["discriminator_left"]
         if state["device"] == self.device.type:
             self.random.set_state(state["random"])
         else:  # the generators of devices differ: go on with new numbers, the same at each such change
@@ -1753,24 +1997,25 @@ class Pair:
 class ProgressBar:
     """Shows how training goes: a bar on a terminal, otherwise a line an epoch."""
 
-    def __init__(self, epochs: int, images_an_epoch: int, progress: Progress):
-        self.epochs, self.images, self.progress = epochs, images_an_epoch, progress
+    def __init__(self, epochs: int, faces: TrainingFaces, pair: Pair):
+        self.epochs, self.batch_size, self.pair = epochs, faces.batch_size, pair
+        self.images = faces.minibatches * faces.batch_size  # an epoch
         self.on_terminal = sys.stderr.isatty()
 
     def __enter__(self) -> ProgressBar:
-        self.bar = tqdm(total=self.epochs * self.images, initial=self.progress.images_seen, unit="img", smoothing=0.05,
-                        disable=not self.on_terminal, dynamic_ncols=True)
+        self.bar = tqdm(total=self.epochs * self.images, initial=self.pair.progress.images_seen, unit="img",
+                        smoothing=0.05, disable=not self.on_terminal, dynamic_ncols=True)
         return self
 
     def __exit__(self, *_) -> None:
         self.bar.close()
 
-    def show(self, stats: Tensor | None, images: int) -> None:
-        """Advance by a minibatch; `stats`, its epoch's rows so far, where they may be read without a wait."""
-        self.bar.update(images)
-        if stats is not None and self.on_terminal:
-            self.bar.set_description(f"epoch {self.progress.epoch + 1}/{self.epochs}", refresh=False)
-            discriminator, generator, *_, share = stats.mean(0).tolist()
+    def advance(self) -> None:
+        """Count a minibatch. The means of its epoch so far are read, for which a GPU is waited for, only as often as the
+        bar is drawn anew."""
+        if self.bar.update(self.batch_size):
+            discriminator, generator, *_, share = torch.stack(self.pair.rows).mean(0).tolist()
+            self.bar.set_description(f"epoch {self.pair.progress.epoch + 1}/{self.epochs}", refresh=False)
             self.bar.set_postfix_str(f"acc D {discriminator:.2f} G {generator:.2f}, D trained {share:.0%}", False)
 
     def line(self, entry: dict) -> None:
@@ -1801,219 +2046,55 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def check_resumable(settings: TrainSettings, size: int, batches: list[dict], state: dict, run: Path) -> None:
-    """Refuse to go on with another network or with other faces than the run began with."""
-    then = state["settings"]
-    changed = [f"--{f.name.replace('_', '-')} {then[f.name]} (now {getattr(settings, f.name)})"
-               for f in fields(settings) if f.metadata["fixed"] and then[f.name] != getattr(settings, f.name)]
-    if state["image_size"] != size:
-        changed.append(f"{state['image_size']}-pixel faces (now {size})")
-    if changed:
-        raise UserError(f"{run} was begun with {', '.join(changed)}: say the same again, or name another --run")
-    for batch in batches:
-        if batch["sha256"] not in state["faces"]:
-            raise UserError(f"the faces changed since {run} began: {Path(settings.data) / batch['file']} was not among "
-                            "them. Prepare them again as they were, or name another --run")
-    if len(batches) != len(state["faces"]):
-        raise UserError(f"the faces changed since {run} began: {Path(settings.data) / 'manifest.json'} lists fewer. "
-                        "Prepare them again as they were, or name another --run")
-
-
-def check_finite(pair: Pair, stats: Tensor, run: Path, writer: Writer) -> None:
-    """Stop a run whose numbers are not finite before anything of it is saved."""
-    progress, problem = pair.progress, ""
-    for name, network in pair.networks().items():
-        if not torch.stack([weight.isfinite().all() for weight in network.parameters()]).all():  # one wait, not forty
-            problem = f"the weights of the {name} are not finite in epoch {progress.epoch + 1}"
-            break
-    bad = ~stats[:progress.minibatch, 2:4].isfinite()
-    if bad.any():
-        minibatch, column = bad.nonzero()[0].tolist()
-        network = COLUMNS[2 + column].removesuffix("_loss")
-        problem = f"the loss of the {network} is not finite since epoch {progress.epoch + 1}, minibatch {minibatch + 1}"
-    if problem:
-        writer.finish()
-        good = [epoch for epoch in kept_checkpoints(run) if epoch <= progress.epoch]
-        last = f"--checkpoint {good[-1]}" if good else ""
-        raise UserError(f"{problem}: stopped, {run / 'last.pt'} is from before. The last good kept checkpoint is "
-                        + (f"epoch {good[-1]}; go on from it with: gan.py train --run {run} {last}" if good else
-                           f"none yet; last.pt is gone on from with: gan.py train --run {run}"))
-
-
-def epoch_line(pair: Pair, stats: Tensor, seconds: float) -> dict:
-    """What log.jsonl says of a finished epoch: means over its minibatches. Only `seconds` depends on the clock."""
-    means = dict(zip(COLUMNS, stats.double().nanmean(0).tolist()))
-    progress = pair.progress
-    return {"epoch": progress.epoch, "images_seen": progress.images_seen,
-            "discriminator_updates": progress.discriminator_updates, "generator_updates": progress.generator_updates,
-            **{name: None if math.isnan(mean) else round(mean, 6) for name, mean in means.items()},
-            "seconds": round(seconds, 2)}
-
-
-def open_run(settings: TrainSettings, run: Path, size: int, batches: list[dict]) -> dict | None:
-    """Make a run folder ready to train in and return the state to go on from, None for a new run."""
-    for folder in (run, run / "samples"):
-        remove_orphans(folder)
-    if settings.checkpoint:
-        path = find_checkpoint(run, settings.checkpoint)
-        state = read_checkpoint(path)
-        say(f"going on from {path}, epoch {state['progress']['epoch']}")
-    else:
-        state = newest_good_checkpoint(run)
-    if state:
-        check_resumable(settings, size, batches, state, run)
-    else:
-        say(f"starting a new run in {run}")
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-                "gan.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-    config = {"settings": asdict(settings), "image_size": size, "versions": versions}
-    atomic_write(run / "config.json", json.dumps(config, indent=1).encode())
-    return state
-
-
 def train(settings: TrainSettings) -> int:
     """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, 130 or 143 when
     asked to stop, 3 when stopped by --stop-on-collapse."""
     device = pick_device(settings.device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more of them would wait for one another
-    faces, batches = load_faces(Path(settings.data))
-    run = Path(settings.run or f"runs/{settings.model.lower()}")
-    (run / "samples").mkdir(parents=True, exist_ok=True)
-    with RunLock(run), StopRequest() as stop, Writer() as writer:
-        size, count, batch_size = faces.shape[-1], len(faces), min(settings.batch_size, len(faces))
-        state = open_run(settings, run, size, batches)
-        pair = Pair(settings, size, device)
-        balance = Balance(settings.balance, pair.objective.enough, pair.objective.afterwards)
-        minibatches = count // batch_size
-        stats = torch.zeros(minibatches, len(COLUMNS), device=device)
-        if state:
-            pair.load_state(state)
-            stats.copy_(state["stats"])
-            if state["settings"]["balance"] == settings.balance:
-                balance.discriminator_left = state["discriminator_left"]
+    faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device)
+    with Run(settings, faces) as run, StopRequest() as stop:
+        pair = Pair(settings, faces.size, device)
+        run.resume(pair)
         progress = pair.progress
-        log = read_log(run, progress.epoch)
-        atomic_write(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
         if progress.epoch >= settings.epochs:
-            say(f"{run} has {progress.epoch} epochs already: ask for more with --epochs")
+            say(f"{run.path} has {progress.epoch} epochs already: ask for more with --epochs")
             return 0
-        say(f"{settings.model}, {count:,} faces of {size}×{size} pixels, on {device} "
+        say(f"{settings.model}, {len(faces.images):,} faces of {faces.size}×{faces.size} pixels, on {device} "
             f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
-        jury = None
-        try:
-            jury = Jury(settings, faces, run, device, log)
-        except UserError as error:
-            say(f"nothing is judged: {error}")
-        if count < 500:
-            say(f"only {count} faces: expect the generator to learn them by heart")
+        if len(faces.images) < FEW_FACES:
+            say(f"only {len(faces.images)} faces: expect the generator to learn them by heart")
+        jury = Jury(run, device)
 
-        fixed_z = draw_latents(100, settings.seed)
-
-        def save_grid(epoch: int) -> None:
-            writer.ask(write_grid, run / "samples" / f"epoch-{epoch:05d}.png", draw(pair.averaged, fixed_z))
-
-        if not state:
-            write_grid(run / "samples" / "real.png", faces[:100])
-            save_grid(0)
-        faces = faces.to(device)  # as uint8: four times less memory and traffic than float faces
-
-        def save(path: Path | None = None) -> None:
-            check_finite(pair, stats, run, writer)
-            state = {"version": CHECKPOINT_FORMAT, "settings": asdict(settings), "image_size": size,
-                     "faces": [batch["sha256"] for batch in batches], "stats": on_cpu(stats),
-                     "discriminator_left": balance.discriminator_left,
-                     "scores": log[-1].get("scores") if log else None, **pair.state()}
-            writer.ask(*((write_checkpoint, path) if path else (save_last, run)), state)
-
-        def due(every: int) -> bool:
-            return progress.epoch % every == 0 or progress.epoch >= settings.epochs
-
-        with ProgressBar(settings.epochs, minibatches * batch_size, progress) as bar:
+        with ProgressBar(settings.epochs, faces, pair) as bar:
             while progress.epoch < settings.epochs and not stop.code:
-                # The order depends on seed and epoch alone, so a resumed epoch goes on in the order it began with.
-                shuffle = random_stream(f"order of epoch {progress.epoch}", settings.seed)
-                order = torch.randperm(count, generator=shuffle).to(device)
                 started = time.monotonic() - progress.seconds
-                while progress.minibatch < minibatches and not stop.code:
-                    picked = order[progress.minibatch * batch_size:][:batch_size]
-                    real = to_face(faces[picked]).contiguous(memory_format=torch.channels_last)
-                    measured, row = not balance.decided, progress.minibatch
-                    stats[row] = pair.train_on(real, balance)
-                    bar.show(stats[:row + 1] if measured else None, batch_size)  # no wait for the device otherwise
-                progress.seconds = time.monotonic() - started
-                if progress.minibatch == minibatches:
-                    check_finite(pair, stats, run, writer)
-                    progress.epoch, progress.minibatch = progress.epoch + 1, 0
-                    line, best = epoch_line(pair, stats, progress.seconds), False
-                    progress.seconds = 0.0
-                    if jury and (due(settings.judge_every) or due(settings.keep_every) or jury.suspicious):
-                        best = jury.consider(pair, line, writer)
-                    log.append(line)
-                    append_log(run, line)
+                for real in faces.epoch(progress.epoch, progress.minibatch):
+                    pair.train_on(real)  # measures both networks and trains the one that is behind
+                    bar.advance()
+                    progress.seconds = time.monotonic() - started
+                    if stop.code:
+                        break
+                run.check_finite(pair)  # before anything of it is saved
+                if progress.minibatch == faces.minibatches:
+                    line = pair.finish_epoch()
+                    best = jury.consider(pair.averaged, line)  # adds scores to the line, when it is time
+                    run.record(pair, line, best)
                     bar.line(line)
-                    if due(settings.sample_every):
-                        save_grid(progress.epoch)
-                    if best:
-                        save(run / "best.pt")
-                    if progress.epoch % settings.keep_every == 0:
-                        save(run / f"epoch-{progress.epoch:05d}.pt")
-                    if due(settings.save_every):
-                        save()
-                        writer.ask(draw_curves, run, list(log))
                     if line.get("collapsed") and settings.stop_on_collapse:
                         stop.code = COLLAPSED
             if stop.code:
-                save()
+                run.save(pair)  # the middle of an epoch is as good a place to go on from as its end
     if stop.code:
         say(f"stopped in epoch {progress.epoch + 1} and saved; the same command goes on from there")
         return stop.code
-    say(f"done: {progress.epoch} epochs in {run}; now `gan.py generate --run {run}` or `gan.py eval --run {run}`")
+    say(f"done: {progress.epoch} epochs in {run.path}; now `gan.py generate --run {run.path}` or "
+        f"`gan.py eval --run {run.path}`")
     return 0
 
 
 # ================================================================================================
-# Drawing faces: the one way from latent vectors to pictures, for samples, generate and the server
+# Drawing faces: PNG files from a trained run
 # ================================================================================================
-
-@torch.inference_mode()
-def draw(generator: nn.Module, z: Tensor, chunk: int = 100) -> Tensor:
-    """Latent vectors (N, 128) -> uint8 images (N, 3, S, S) on the CPU, `chunk` at a time.
-
-    In evaluation mode, so that a face does not depend on the others drawn with it, and in bf16 where that is native: it
-    takes two thirds of the time and changes no colour by more than a few of 255 steps."""
-    device = next(generator.parameters()).device
-    training = generator.training
-    generator.eval()
-    with autocast(device)():
-        images = torch.cat([to_image(generator(part.to(device))) for part in z.split(chunk)])
-    generator.train(training)
-    return images.contiguous()
-
-
-def draw_latents(count: int, seed: int, min_abs: float = 0.0) -> Tensor:
-    """Latent vectors (count, 128), standard normal; with min_abs, given that no number is nearer to 0 than that.
-
-    Vectors with many numbers near 0 draw pale faces: in training a vector's length is near sqrt(128)."""
-    random = torch.Generator().manual_seed(seed)
-    if min_abs == 0:
-        return torch.randn(count, LATENT_SIZE, generator=random)
-    tail = (1 - math.erf(min_abs / math.sqrt(2))) / 2  # probability beyond min_abs on one side
-    uniform = torch.rand(count, LATENT_SIZE, generator=random, dtype=torch.float64)
-    size = -torch.special.ndtri((uniform * tail).clamp_min(1e-300))
-    sign = torch.randint(0, 2, (count, LATENT_SIZE), generator=random) * 2 - 1
-    return size.float().clamp_min(min_abs) * sign
-
-
-def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
-    """The averaged generator of a checkpoint, in evaluation mode, and what is known of it: model, epoch, image_size."""
-    state = read_checkpoint(path)
-    settings = state["settings"]
-    generator = Generator(state["image_size"], settings["width"])
-    generator.load_state_dict(state["networks"]["averaged"])
-    facts = {"model": settings["model"], "epoch": state["progress"]["epoch"], "image_size": state["image_size"],
-             "data": settings["data"]}
-    return channels_last(generator, device).eval().requires_grad_(False), facts
-
 
 def generate(settings: GenerateSettings) -> int:
     """Write --count faces as PNGs and, beside their folder, a grid of the first 100. Returns the exit code."""
@@ -2509,7 +2590,7 @@ def serve(settings: EvalSettings) -> int:
 
 
 # ================================================================================================
-# Command line
+# Command line: one function a command
 # ================================================================================================
 
 def command_prepare(settings: PrepareSettings) -> int:
@@ -2527,8 +2608,8 @@ def command_prepare(settings: PrepareSettings) -> int:
     say(f"{manifest['count']:,} faces of {manifest['photos_found']:,} photos found, {held_out:,} more held out for the "
         f"judge, {len(skipped)} skipped, in {settings.data} ({time.monotonic() - started:.1f} s); look at "
         f"{settings.data}/faces.png, then `gan.py train`")
-    if manifest["count"] < 500:
-        say(f"warning: {manifest['count']} faces are few: with fewer than 500 the generator learns them by heart")
+    if manifest["count"] < FEW_FACES:
+        say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES} the generator learns them by heart")
     return 0
 
 
@@ -2537,10 +2618,11 @@ DEMO_EPOCHS = 20  # of the demo, whose faces are small: about a minute on two co
 
 def command_demo(settings: DemoSettings) -> int:
     """drawn faces -> a few minutes of training at most -> page"""
-    if not read_manifest(Path("demo/data")):
-        command_prepare(PrepareSettings(demo=True, data="demo/data", size=48))
-    code = train(TrainSettings(data="demo/data", run="demo/run", epochs=DEMO_EPOCHS))
-    return code or serve(EvalSettings(run="demo/run", port=settings.port))
+    data, run = str(DEMO_RUN / "data"), str(DEMO_RUN)
+    if not read_manifest(Path(data)):
+        command_prepare(PrepareSettings(demo=True, data=data, size=48))
+    code = train(TrainSettings(data=data, run=run, epochs=DEMO_EPOCHS))
+    return code or serve(EvalSettings(run=run, port=settings.port))
 
 
 COMMANDS = {"prepare": (PrepareSettings, command_prepare, "turn photos into a dataset"),

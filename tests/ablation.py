@@ -48,12 +48,12 @@ def decay(images: int):
     def patch():
         train_on = Pair.train_on
 
-        def decaying(self, real, balance):
+        def decaying(self, real):
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
                     first = group.setdefault("first_rate", group["lr"])
                     group["lr"] = first * min(1, (images / max(1, self.progress.images_seen)) ** 0.5)
-            return train_on(self, real, balance)
+            return train_on(self, real)
         Pair.train_on = decaying
     return patch
 
@@ -62,9 +62,9 @@ def mirror():
     """Half of the photos mirrored, anew each time."""
     train_on = Pair.train_on
 
-    def mirrored(self, real, balance):
+    def mirrored(self, real):
         flip = torch.rand(len(real), generator=self.random) < 0.5
-        return train_on(self, torch.where(flip[:, None, None, None], real.flip(3), real), balance)
+        return train_on(self, torch.where(flip[:, None, None, None], real.flip(3), real))
     Pair.train_on = mirrored
 
 

@@ -112,11 +112,11 @@ def bench_train(options) -> dict:
     pair = gan.Pair(gan.TrainSettings(model=options.model, precision=options.precision), size, device)
     plain = ScriptedReference(options.model, size, device)
     real = torch.rand(20, 3, size, size, device=device) * 2 - 1
-    balance, ours = Scripted(), real.contiguous(memory_format=torch.channels_last)
+    pair.balance, ours = Scripted(), real.contiguous(memory_format=torch.channels_last)
 
     def fast_cycle() -> None:
         for _ in TURNS:
-            pair.train_on(ours, balance)
+            pair.train_on(ours)
         wait(device)
 
     def plain_cycle() -> None:
@@ -126,9 +126,9 @@ def bench_train(options) -> dict:
 
     warm_up = gan.Pair(gan.TrainSettings(model=options.model, precision=options.precision), size, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
-        balance_of_one, on_cpu = Scripted(), ours.cpu()
+        warm_up.balance, on_cpu = Scripted(), ours.cpu()
         for _ in TURNS:
-            warm_up.train_on(on_cpu, balance_of_one)
+            warm_up.train_on(on_cpu)
     dtype = torch.bfloat16 if pair.precision == "bf16" else torch.float32
     found = {"model": options.model, "precision": pair.precision, "threads": torch.get_num_threads(), "torch": torch.__version__,
              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}

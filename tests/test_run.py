@@ -101,7 +101,7 @@ def test_going_on_from_the_newest_whole_checkpoint(tmp_path, capsys, broken, ima
             (tmp_path / name).unlink()
         else:
             (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
-    assert gan.newest_good_checkpoint(tmp_path)["progress"]["images_seen"] == images
+    assert gan.checkpoint_to_go_on_from(tmp_path, None)[1]["progress"]["images_seen"] == images
     said = capsys.readouterr().out
     assert how == "gone" or "last.pt" not in broken or "passed over" in said and "last.pt" in said
 
@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path, monk
     save_three(tmp_path)
     (tmp_path / "epoch-00001.pt").unlink()
     (tmp_path / "last.pt").write_bytes(b"damaged")
-    assert gan.newest_good_checkpoint(tmp_path)["progress"]["images_seen"] == 10
+    assert gan.checkpoint_to_go_on_from(tmp_path, None)[1]["progress"]["images_seen"] == 10
     calls, real = [], os.replace
 
     def dying(*arguments):
@@ -126,17 +126,17 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path, monk
         for images in (20, 30):
             gan.save_last(tmp_path, STATE | {"progress": {"images_seen": images, "epoch": 1}})
     gan.remove_orphans(tmp_path)
-    assert gan.newest_good_checkpoint(tmp_path)["progress"]["images_seen"] >= 10
+    assert gan.checkpoint_to_go_on_from(tmp_path, None)[1]["progress"]["images_seen"] >= 10
 
 
 def test_no_whole_checkpoint_is_an_error_and_none_at_all_a_new_run(tmp_path):
     """A run that cannot be read is never silently begun anew."""
-    assert gan.newest_good_checkpoint(tmp_path) is None
+    assert gan.checkpoint_to_go_on_from(tmp_path, None) == (None, {})
     save_three(tmp_path)
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
     with pytest.raises(gan.UserError, match="start anew with another --run"):
-        gan.newest_good_checkpoint(tmp_path)
+        gan.checkpoint_to_go_on_from(tmp_path, None)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -159,7 +159,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, ca
     except Killed:
         pass
     monkeypatch.undo()
-    assert gan.newest_good_checkpoint(tmp_path)["progress"]["images_seen"] in (2, 3)
+    assert gan.checkpoint_to_go_on_from(tmp_path, None)[1]["progress"]["images_seen"] in (2, 3)
     gan.remove_orphans(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= {"last.pt", "previous.pt"}
 
@@ -189,16 +189,16 @@ def test_the_log_is_cut_to_the_checkpoint(tmp_path, tail):
 
 def test_a_second_training_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
     """The refusal names the process; the lock of a killed process blocks nobody."""
-    code = ("import gan, pathlib, sys\nwith gan.RunLock(pathlib.Path(sys.argv[1])):\n"
+    code = ("import gan, pathlib, sys\nwith gan.locked(pathlib.Path(sys.argv[1])):\n"
             "    print('locked', flush=True)\n    sys.stdin.read()")
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               env=os.environ | {"PYTHONPATH": os.path.dirname(gan.__file__)}, text=True)
     assert holder.stdout.readline() == "locked\n"
-    with pytest.raises(gan.UserError, match=f"trained by process {holder.pid}"), gan.RunLock(tmp_path):
+    with pytest.raises(gan.UserError, match=f"trained by process {holder.pid}"), gan.locked(tmp_path):
         pass
     holder.kill()
     holder.communicate()
-    with gan.RunLock(tmp_path):
+    with gan.locked(tmp_path):
         assert (tmp_path / "train.lock").read_text() == str(os.getpid())
 
 
@@ -231,3 +231,27 @@ def test_curves_are_drawn_without_a_display(tmp_path, monkeypatch):
     gan.draw_curves(tmp_path, [line, line | {"epoch": 2}])
     with gan.Image.open(tmp_path / "curves.png") as image:
         assert image.width >= 800 and len(image.convert("RGB").getcolors(10**6)) > 10
+
+
+def test_files_of_a_long_run_thin_out():
+    """Grids: every epoch up to 50, then about 2 % apart, some 250 of 3,000; checkpoints: powers of two; or every so many."""
+    grids = [epoch for epoch in range(1, 3001) if gan.is_kept(epoch, None, gan.Run.GRIDS_PER_DOUBLING)]
+    assert grids[:50] == list(range(1, 51)) and 240 <= len(grids) <= 260
+    assert all(later - earlier <= 1 + earlier / 50 for earlier, later in zip(grids, grids[1:]))
+    kept = [epoch for epoch in range(1, 3001) if gan.is_kept(epoch, None, gan.Run.CHECKPOINTS_PER_DOUBLING)]
+    assert kept == [2 ** power for power in range(12)]
+    assert [epoch for epoch in range(1, 100) if gan.is_kept(epoch, 30, 1)] == [30, 60, 90]
+
+
+def test_the_demos_run_never_takes_the_place_of_ones_own(tmp_path, monkeypatch):
+    """The run saved last is taken, the demo's only where it is alone."""
+    monkeypatch.chdir(tmp_path)
+    for seconds, name in enumerate(["dcgan", "wgan-gp", "demo"]):
+        path = tmp_path / "runs" / name / "last.pt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    assert gan.find_run(None) == gan.Path("runs/wgan-gp") and gan.find_run("runs/demo") == gan.DEMO_RUN
+    for name in ("dcgan", "wgan-gp"):
+        gan.shutil.rmtree(tmp_path / "runs" / name)
+    assert gan.find_run(None) == gan.DEMO_RUN

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -64,8 +65,8 @@ def test_one_update_is_the_references(model, turn, precision, bound):
     draws = torch.Generator()
     draws.set_state(pair.random.get_state())
     z = torch.randn(20, 128, generator=draws)
-    row = pair.train_on(real.contiguous(memory_format=torch.channels_last),
-                        gan.Balance(1, discriminator_left=int(turn == "discriminator")))
+    pair.balance.discriminator_left = int(turn == "discriminator")
+    row = pair.train_on(real.contiguous(memory_format=torch.channels_last))
     row = dict(zip(gan.COLUMNS, row.tolist(), strict=True))
     if turn == "discriminator":
         loss = plain.update_discriminator(real, z, torch.rand(20, generator=draws))
@@ -86,9 +87,11 @@ def test_one_update_is_the_references(model, turn, precision, bound):
 def test_bf16_goes_the_way_of_float32(model, turn):
     """Scores and losses are float32 in both, and an update's gradient points the same way: cosine above 0.99. The
     discriminator of a real run has an offset in its scores, which in bf16 would drown the differences."""
-    pairs = [gan.Pair(settings("", "", model=model, width=16, precision=name), 48, CPU) for name in ("fp32", "bf16")]
+    pairs = [gan.Pair(settings("", "", model=model, width=16, balance=1, precision=name), 48, CPU) for name in ("fp32", "bf16")]
+    for pair in pairs:
+        pair.balance.discriminator_left = int(turn == "discriminator")
     real = torch.rand(20, 3, 48, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    rows = [pair.train_on(real, gan.Balance(1, discriminator_left=int(turn == "discriminator"))) for pair in pairs]
+    rows = [pair.train_on(real) for pair in pairs]
     assert torch.allclose(*rows, rtol=0.05, atol=0.03, equal_nan=True)
     gradients = [torch.cat([weight.grad.flatten() for weight in pair.networks()[turn].parameters()]) for pair in pairs]
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
@@ -122,22 +125,34 @@ def test_cores_are_those_a_container_grants(monkeypatch, quota, expected):
 
 
 def test_the_writer_keeps_order_and_tells_failures():
-    """Jobs run one after the other; after a failure no more do, and the failure reaches who asks next, or the end."""
+    """Jobs run one after the other; after a failure no more do, and it reaches who asks next, who waits, or the end; it
+    hides no other."""
     done = []
     with gan.Writer() as writer:
         for number in range(20):
             writer.ask(done.append, number)
         writer.finish()
         assert done == list(range(20))
+
     def full(path):
         raise gan.UserError(f"cannot write {path}")
-    with pytest.raises(gan.UserError, match="cannot write x"), gan.Writer() as writer:
-        writer.ask(full, "x")
-        writer.finish()
-        with pytest.raises(gan.UserError, match="cannot write x"):
+
+    def ask_again(writer):
+        writer.waiting[-1].exception()  # waits until it has failed
+        writer.ask(done.append, "never")
+
+    for afterwards in (ask_again, gan.Writer.finish, lambda writer: None):
+        with pytest.raises(gan.UserError, match="cannot write x"), gan.Writer() as writer:
+            gate = threading.Event()
+            writer.ask(gate.wait)
+            writer.ask(full, "x")
             writer.ask(done.append, "never")
-        done.append("asked")
-    assert done[-1] == "asked" and "never" not in done
+            gate.set()
+            afterwards(writer)
+    assert "never" not in done
+    with pytest.raises(KeyError), gan.Writer() as writer:
+        writer.ask(full, "x")
+        raise KeyError
 
 
 @pytest.mark.parametrize("precision", [torch.float64], indirect=True)
@@ -150,10 +165,10 @@ def test_the_balanced_loop_takes_the_references_turns(model, precision, rule):
     plain.copy_weights(pair.generator, pair.discriminator)
     draws, faces = torch.Generator(), torch.Generator().manual_seed(2)
     draws.set_state(pair.random.get_state())
-    balance, turns = gan.Balance(rule, 0.6), set()
+    pair.balance, turns = gan.Balance(rule, 0.6), set()
     for _ in range(12):
         real = torch.rand(20, 3, 32, 32, generator=faces) * 2 - 1
-        row = pair.train_on(real, balance)
+        row = pair.train_on(real)
         turn = plain.train_on(real, torch.randn(20, 128, generator=draws), lambda: torch.rand(20, generator=draws),
                               None if rule == "half" else 0.6)
         assert bool(row[-1]) == (turn == "discriminator")
@@ -203,7 +218,7 @@ def test_recorded_steps_do_what_plain_ones_do(model, precision):
     """A pair whose steps are recorded after some minibatches stays bit-identical to one whose steps are not: nothing
     that a step needs is outside the memory that it always reads."""
     plain, recorded = (gan.Pair(settings("", "", model=model, width=8, precision=precision), 32, CPU) for _ in range(2))
-    balances = [gan.Balance(1), gan.Balance(1)]  # first each network in turn, then by accuracy: all four steps are run
+    plain.balance, recorded.balance = gan.Balance(1), gan.Balance(1)  # each network in turn, later by accuracy: all steps
     faces = torch.Generator().manual_seed(3)
     recorder = Recorder()
     for minibatch in range(25):
@@ -216,8 +231,8 @@ def test_recorded_steps_do_what_plain_ones_do(model, precision):
             for tensor, value in zip(memory, before, strict=True):  # a CPU cannot record without running
                 tensor.copy_(value)
         if minibatch == 8:
-            balances = [gan.Balance("half"), gan.Balance("half")]
-        rows = [pair.train_on(real, balance) for pair, balance in zip((plain, recorded), balances, strict=True)]
+            plain.balance, recorded.balance = gan.Balance("half"), gan.Balance("half")
+        rows = [pair.train_on(real) for pair in (plain, recorded)]
         assert same(*rows)
     assert recorder.replayed == set(recorded.steps)
     assert same(plain.state(), recorded.state())
@@ -378,13 +393,27 @@ def test_the_run_folder_holds_what_is_promised(trained, dataset):
 def test_each_epoch_sees_every_face_once_in_another_order(dataset, tmp_path, monkeypatch):
     """The order is reshuffled each epoch from the seed."""
     seen, real = [], gan.Pair.train_on
-    monkeypatch.setattr(gan.Pair, "train_on", lambda pair, x, balance: seen.append(x.flatten(1).sum(1)) or real(pair, x, balance))
+    monkeypatch.setattr(gan.Pair, "train_on", lambda pair, x: seen.append(x.flatten(1).sum(1)) or real(pair, x))
     gan.train(settings(dataset, tmp_path / "run", epochs=2))
     sums = gan.to_face(gan.load_faces(dataset)[0]).flatten(1).sum(1)
     epochs = torch.cat(seen).view(2, 64)
     assert not torch.equal(*epochs)
     for epoch in epochs:
         assert torch.allclose(epoch.sort()[0], sums.sort()[0], rtol=1e-4, atol=1e-2)
+
+
+def test_an_epoch_can_be_begun_at_any_minibatch(dataset):
+    """The rest of an epoch is what it would have been; epochs, seeds and the rest that fills no minibatch differ."""
+    faces = gan.TrainingFaces(dataset, 10, 0, CPU)
+    whole = list(faces.epoch(3))
+    assert len(whole) == faces.minibatches == 6 and whole[0].shape == (10, 3, 32, 32) and whole[0].dtype == torch.float32
+    assert same(list(faces.epoch(3, 4)), whole[4:]) and list(faces.epoch(3, 6)) == []
+
+    def seen(epoch: int) -> set[bytes]:
+        return {face.numpy().tobytes() for real in faces.epoch(epoch) for face in gan.to_image(real).contiguous()}
+    assert len(seen(3)) == len(seen(4)) == 60 and len(seen(3) | seen(4)) > 60
+    assert not same(list(gan.TrainingFaces(dataset, 10, 1, CPU).epoch(3)), whole)
+    assert gan.TrainingFaces(dataset, 100, 0, CPU).batch_size == 64
 
 
 def test_no_more_epochs_than_are_done(trained, dataset, capsys):
@@ -463,10 +492,10 @@ def test_cuda_graphs_do_what_plain_steps_do(model):
     plain, recorded = (gan.Pair(settings("", "", model=model, width=8, precision="fp32"), 32, cuda) for _ in range(2))
     plain.warm_up = {}
     faces = torch.Generator().manual_seed(3)
-    balances = [gan.Balance(2), gan.Balance(2)]
+    plain.balance, recorded.balance = gan.Balance(2), gan.Balance(2)
     for _ in range(20):
         real = (torch.rand(20, 3, 32, 32, generator=faces) * 2 - 1).to(cuda)
-        rows = [pair.train_on(real, balance) for pair, balance in zip((plain, recorded), balances, strict=True)]
+        rows = [pair.train_on(real) for pair in (plain, recorded)]
     assert "replay" in str(recorded.steps["measure"]) and torch.allclose(*rows, rtol=0.05, atol=0.05, equal_nan=True)
     for a, b in zip(plain.discriminator.parameters(), recorded.discriminator.parameters(), strict=True):
         assert (a - b).norm() <= 0.01 * a.norm()
