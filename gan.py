@@ -283,6 +283,9 @@ class DemoSettings:
 
 HELD_OUT_FACES = 1000  # at most; the judge compares with them
 LEAST_JUDGED = 100  # fewer would say nothing
+LOOK_PIXELS = 640  # longer side of the picture in which faces are looked for
+THREAD = threading.local()  # what each thread has of its own
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of an upright photo
 OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.pt\.gz|\.gan-.*")
 
 
@@ -399,7 +402,7 @@ def choose_held_out(names: list[str], limit: int) -> set[str]:
     return held_out
 
 
-def crop_box(width: int, height: int, crop: float) -> tuple[float, float, float, float]:
+def crop_box(width: int, height: int, crop: float) -> Box:
     """The largest square in the central `crop` share of width and height, as (left, top, right, bottom) pixels."""
     side = crop * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
@@ -419,23 +422,62 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def decode_face(data: bytes, size: int, crop: float) -> np.ndarray:
-    """Decode one photo, upright as its EXIF says, to a (size, size, 3) uint8 face. Raises whatever Pillow raises."""
+def open_photo(data: bytes, enough: float = math.inf) -> tuple[Image.Image, float]:
+    """Decode a photo, upright as its EXIF says and in RGB. Where `enough` pixels of width and height will do, a JPEG
+    decoder shrinks larger photos for free.
+
+    Returns (image, how many of the photo's pixels one of its pixels stands for). ValueError says in one line why not."""
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except UnidentifiedImageError:  # Pillow's message holds an address in memory
-        raise ValueError("is not an image of a kind that is read here") from None
-    with image:
+        full = max(image.size)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"has too many pixels ({image.width}×{image.height})")
-        if crop * min(image.size) < MIN_FACE_PIXELS:
-            raise ValueError(f"is too small ({image.width}×{image.height})")
-        enough = math.ceil(2 * size / crop)
-        image.draft(None, (enough, enough))  # a JPEG decoder shrinks large photos for free
+        if enough < full:
+            image.draft(None, (math.ceil(enough), math.ceil(enough)))
         ImageOps.exif_transpose(image, in_place=True)
-        upright = to_rgb(image)
-    box = crop_box(*upright.size, crop)
-    return np.asarray(upright.resize((size, size), Image.Resampling.LANCZOS, box=box))
+        return to_rgb(image), full / max(image.size)
+    except UnidentifiedImageError:  # Pillow's message holds an address in memory
+        raise ValueError("is not an image of a kind that is read here") from None
+    except Exception as error:  # Pillow's decoders raise every kind of error on hostile files
+        raise ValueError(one_line(error)) from None
+
+
+def face_detector():
+    """This thread's own detector of faces, as it is not safe to share: the frontal-face cascade in OpenCV's wheel (Viola
+    and Jones 2001; Lienhart, Kuranov and Pisarevsky 2003). UserError without OpenCV 4."""
+    if not hasattr(THREAD, "detector"):
+        try:
+            import cv2
+            THREAD.detector = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+        except (ImportError, AttributeError):  # OpenCV 5 has no cascades
+            raise UserError('finding faces needs OpenCV 4: pip install "opencv-python-headless<5"') from None
+        cv2.setNumThreads(1)  # whoever has many photos divides them among threads
+    return THREAD.detector
+
+
+def find_faces(image: Image.Image) -> list[Box]:
+    """Squares around the faces in an upright RGB image, largest first; they may lie outside it in part.
+
+    A square is 1.1 times the detector's box, which is the share of a face that the central half of an LFW photo shows.
+    Faces of less than a 23rd of the image's longer side, or 28 pixels, are not found. UserError without OpenCV 4."""
+    grey = image.convert("L")
+    grey.thumbnail((LOOK_PIXELS, LOOK_PIXELS), Image.Resampling.BILINEAR)
+    scale = max(image.size) / max(grey.size)
+    found = face_detector().detectMultiScale(np.asarray(grey), 1.2, 2, minSize=(28, 28))
+    squares: list[Box] = []
+    for left, top, side, _ in sorted(np.reshape(found, (-1, 4)).tolist(), key=lambda box: -box[2]):
+        x, y, half = scale * (left + side / 2), scale * (top + side / 2), scale * 1.1 * side / 2
+        if not any(l < x < r and t < y < b for l, t, r, b in squares):  # else it is the same face, or a part of it
+            squares.append((x - half, y - half, x + half, y + half))
+    return squares
+
+
+def decode_face(data: bytes, size: int, crop: float) -> np.ndarray:
+    """Decode one photo to a (size, size, 3) uint8 face. ValueError says in one line why not."""
+    image, scale = open_photo(data, 2 * size / crop)
+    if crop * scale * min(image.size) < MIN_FACE_PIXELS:
+        raise ValueError(f"is too small ({image.width}×{image.height})")
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=crop_box(*image.size, crop)))
 
 
 def read_jobs(source: Path, found: list[Entry], slots: dict[str, int],
