@@ -2523,45 +2523,94 @@ class BadRequest(Exception):
         self.response = Response(status, "text/plain; charset=utf-8", f"{text}\n".encode(), headers)
 
 
-def parse_values(text: str) -> list[float]:
-    """The 128 numbers of `values=`; BadRequest says which one is wrong."""
-    parts = text.split(",")
-    if len(parts) != LATENT_SIZE:
-        found = len(parts) if text else 0
-        raise BadRequest(400, f"values must be {LATENT_SIZE} numbers with commas between, not {found}")
-    for i, part in enumerate(parts):
-        if not NUMBER.fullmatch(part):
-            raise BadRequest(400, f"value {i} is not a finite number: {ascii(part[:20])}")
-    return numbers([float(part) for part in parts], LATENT_SIZE).tolist()
+def vector(value, size: int) -> Tensor:
+    """A latent vector (128,), from a list or from text with commas; BadRequest says which number is wrong."""
+    if isinstance(value, str):
+        value = [float(part) if NUMBER.fullmatch(part) else part for part in value.split(",")]
+    return numbers(value, LATENT_SIZE, -MAX_ABS_VALUE, MAX_ABS_VALUE)
 
 
-def numbers(found, count: int, low: float = -MAX_ABS_VALUE, high: float = MAX_ABS_VALUE, name: str = "values") -> Tensor:
-    """`count` numbers of a request, each from low to high, (count,); BadRequest says which one is wrong."""
+def numbers(found, count: int, low: float, high: float) -> Tensor:
+    """A list of numbers from low to high, (count,)."""
     if not isinstance(found, list) or len(found) != count:
-        raise BadRequest(400, f"{name} must be {count} numbers")
+        raise BadRequest(400, f"values: {count} numbers are wanted")
     for i, number in enumerate(found):
         if type(number) not in (int, float) or not low <= number <= high:
-            raise BadRequest(400, f"value {i} of {name} is not a number from {low:g} to {high:g}")
+            raise BadRequest(400, f"value {i} is no number from {low:g} to {high:g}: {ascii(str(number)[:20])}")
     return torch.tensor(found, dtype=torch.float32)
 
 
-def whole(ask: dict, name: str, low: int, high: int, default: int | None = None) -> int:
-    """A whole number of a request, as text or number."""
-    text = str(ask.get(name, default))
-    if not re.fullmatch(r"\d{1,4}", text, re.ASCII) or not low <= int(text) <= high:
-        raise BadRequest(400, f"{name} must be a whole number from {low} to {high}, not {ascii(text[:20])}")
-    return int(text)
+def vectors(least: int, most: int) -> Callable:
+    """A parser of so many latent vectors, (N, 128)."""
+    def parse(value, size: int) -> Tensor:
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            raise ValueError(f"must be a list of {least} to {most}")
+        return torch.stack([vector(one, size) for one in value])
+    return parse
+
+
+def whole(low: int, high: int, default: int | None = None) -> Callable:
+    """A parser of a whole number."""
+    def parse(value, size: int) -> int:
+        text = str(default if value is None else value)
+        if not re.fullmatch(r"\d{1,4}", text, re.ASCII) or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}, not {ascii(text[:20])}")
+        return int(text)
+    return parse
+
+
+def mask(value, size: int) -> Tensor:
+    """A part of a face, (S, S) in 0..1."""
+    try:
+        found = numbers(value, size * size, 0, 1).view(size, size)
+    except BadRequest as error:
+        raise ValueError(f"is wrong: {error}") from None
+    if found.sum() < 1:
+        raise ValueError("is empty: brush over a part of the face")
+    return found
+
+
+def picture(value, size: int) -> Tensor:
+    """A face (3, S, S) in [-1, 1] from a PNG's data URL."""
+    with suppress(Exception):  # Pillow raises every kind of error on hostile files
+        data = base64.b64decode(value.removeprefix("data:image/png;base64,"), validate=True)
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.size == (size, size):
+                return to_face(torch.from_numpy(np.array(to_rgb(image)))).permute(2, 0, 1)
+    raise ValueError(f"must be the data URL of a PNG of {size}×{size} pixels")
+
+
+def square(value, size: int) -> Box | None:
+    """A square in a photo, as text: left,top,right,bottom."""
+    if value is None:
+        return None
+    parts = str(value).split(",")
+    if len(parts) == 4 and all(NUMBER.fullmatch(part) and abs(float(part)) <= 10_000 for part in parts):
+        left, top, right, bottom = map(float, parts)
+        if right - left >= 8 and abs(right - left - (bottom - top)) <= 1 + (right - left) / 50:
+            return left, top, right, top + right - left
+    raise ValueError("must be a square of 8 pixels or more: left,top,right,bottom")
+
+
+def label(value, size: int) -> str:
+    """What a person calls something."""
+    if not isinstance(value, str) or len(value) > 40 or not (value.isprintable() or not value):
+        raise ValueError("must be a line of at most 40 characters")
+    return value.strip()
+
+
+def anything(value, size: int):
+    """A field that cannot be wrong, or that is looked up."""
+    return value
 
 
 def read_json(body: bytes) -> dict:
     """The JSON object of a request's body."""
-    try:
+    with suppress(ValueError, RecursionError):
         found = json.loads(body.decode())
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise BadRequest(400, "the body is not a JSON object")
-    return found
+        if isinstance(found, dict):
+            return found
+    raise BadRequest(400, "the body is not a JSON object")
 
 
 def data_url(image: Image.Image, kind: str = "PNG") -> str:
@@ -2571,21 +2620,36 @@ def data_url(image: Image.Image, kind: str = "PNG") -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def read_target(text, size: int) -> Tensor:
-    """A face (3, size, size) in [-1, 1] from a PNG data URL of a request."""
-    match = re.fullmatch(r"data:image/png;base64,([A-Za-z0-9+/=]+)", text) if isinstance(text, str) else None
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(match[1], validate=True)), formats=["PNG"]) as image:
-            if image.size == (size, size):
-                return to_face(torch.from_numpy(np.array(to_rgb(image)))).permute(2, 0, 1)
-    except Exception:  # Pillow raises every kind of error on hostile files
-        pass
-    raise BadRequest(400, f"target must be the data URL of a PNG of {size}×{size} pixels")
+@dataclass(frozen=True)
+class Route:
+    """What answers a path: a method of Site, after its fields are read; `heavy`: it takes a second of all cores."""
+    method: str
+    answer: str
+    heavy: bool
+    fields: dict[str, Callable]
 
 
-def json_response(body: dict) -> Response:
-    """An answer in JSON."""
-    return Response(200, "application/json", json.dumps(body).encode())
+ROUTES: dict[str, Route] = {}
+
+
+def route(path: str, method: str = "GET", heavy: bool = False, **fields: Callable) -> Callable:
+    """Declare the route that a method of Site answers: it gets the asked checkpoint's Model and the fields, and returns
+    a Response, a dictionary (JSON) or a picture (PNG)."""
+    def declare(answer: Callable) -> Callable:
+        ROUTES[path] = Route(method, answer.__name__, heavy, fields)
+        return answer
+    return declare
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint's generator, and what is known of it."""
+    generator: Generator
+    facts: dict
+
+    @property
+    def size(self) -> int:
+        return self.facts["image_size"]
 
 
 class Renderer:
@@ -2650,29 +2714,17 @@ def describe_sliders(jacobian: Tensor, mask: Tensor) -> list[dict]:
 
 
 class Site:
-    """What the server offers of one run: the page, its checkpoints and what they draw. Knows no sockets.
-
-    The routes of `heavy` take a second or so of all cores: the server runs them one after another."""
-    LIGHT_POSTS = ("/api/faces",)
+    """What the server offers of one run: the page, its checkpoints and what they draw. Knows no sockets."""
 
     def __init__(self, run: Path, default: str | None, device: torch.device):
         self.run, self.device, self.renderer = run, device, Renderer()
         self.default_path = find_checkpoint(run, default)
-        self.cache: OrderedDict[Path, tuple[int | None, Generator, dict]] = OrderedDict()
+        self.cache: OrderedDict[Path, tuple[int | None, Model]] = OrderedDict()
         self.lock = threading.Lock()
         self.load(self.default_path)
-        page, policy = read_page()
-        policy += "; connect-src 'self'; frame-ancestors 'none'"
-        self.page = Response(200, "text/html; charset=utf-8", page.encode(), (("Content-Security-Policy", policy),))
+        self.page, self.policy = read_page()
         self.jacobian = lru_cache(2)(lambda generator, values: jacobian(generator, torch.tensor(values)))
-        self.strongest = lru_cache(4)(strongest_directions)
-        self.neighbourhood = lru_cache(1)(Neighbourhood)
-        self.gets = {"/": lambda ask: self.page, "/generate": self.face, "/api/model": self.model,
-                     "/api/samples": self.samples, "/samples/EPOCH": self.grid, "/api/log": self.log,
-                     "/api/directions": self.directions, "/api/timelapse": self.timelapse}
-        self.posts = {"/api/faces": self.faces, "/api/directions/name": self.rename, "/api/regions": self.regions,
-                      "/api/region": self.region, "/api/paint": self.paint, "/api/photo": self.photo,
-                      "/api/invert": self.invert, "/api/neighbours": self.neighbours, "/api/film": self.film}
+        self.strongest, self.neighbourhood = lru_cache(4)(strongest_directions), lru_cache(1)(Neighbourhood)
 
     def checkpoints(self) -> dict[str, Path]:
         """Name -> file of what can be asked for. Names are looked up here, never joined into paths."""
@@ -2682,29 +2734,19 @@ class Site:
             named[self.default_path.name] = self.default_path
         return named
 
-    def load(self, path: Path) -> tuple[Generator, dict]:
-        """A checkpoint's generator and facts, read again when its file changed; the last few are kept."""
+    def load(self, path: Path) -> Model:
+        """A checkpoint, read again when its file changed; the last few are kept."""
         with self.lock:
             try:
                 stamp = path.stat().st_mtime_ns
             except FileNotFoundError:  # between the two renames of a save; what was read before still stands
                 stamp = None
             if path not in self.cache or stamp not in (None, self.cache[path][0]):
-                self.cache[path] = (stamp, *load_generator(path, self.device))
+                self.cache[path] = (stamp, Model(*load_generator(path, self.device)))
             self.cache.move_to_end(path)
             while len(self.cache) > 4:
                 self.cache.popitem(last=False)
-            return self.cache[path][1:]
-
-    @staticmethod
-    def route_of(path: str) -> str:
-        """The path as it stands among the routes."""
-        return "/samples/EPOCH" if re.fullmatch(r"/samples/\d{1,8}", path, re.ASCII) else path
-
-    def is_heavy(self, target: str) -> bool:
-        """Whether a request takes long."""
-        path = target.partition("?")[0]
-        return path in ("/api/directions", "/api/timelapse") or path in self.posts and path not in self.LIGHT_POSTS
+            return self.cache[path][1]
 
     def respond(self, method: str, target: str, body: bytes = b"") -> Response:
         """Answer a request: method and request target as they stand in the request line. Never raises BadRequest."""
@@ -2714,218 +2756,189 @@ class Site:
                 query = parse_qs(url.query, keep_blank_values=True, max_num_fields=16, errors="strict")
             except ValueError:
                 raise BadRequest(400, "the address cannot be read") from None
-            path = self.route_of(url.path)
-            allowed = "POST" if path in self.posts else "GET, HEAD"
+            found = ROUTES.get(route_of(url.path))
+            allowed = "POST" if found and found.method == "POST" else "GET, HEAD"
             if method not in allowed.split(", "):
                 raise BadRequest(405, f"only {allowed} is answered here", ("Allow", allowed))
-            if path not in self.gets | self.posts:
+            if found is None:
                 raise BadRequest(404, "no such page: the README lists those that there are")
             for name, values in query.items():
                 if len(values) > 1:
                     raise BadRequest(400, f"{ascii(name[:20])} is given {len(values)} times")
-            ask = {name: values[0] for name, values in query.items()} | {"epoch": url.path.rpartition("/")[2]}
+            asked = {name: values[0] for name, values in query.items()}
             if method == "POST":
-                ask |= {"photo": body} if path == "/api/photo" else read_json(body)
-            return (self.gets | self.posts)[path](ask)
+                asked |= {"photo": body} if "photo" in found.fields else read_json(body)
+            return self.answer(found, asked | {"epoch": url.path.rpartition("/")[2]})
         except BadRequest as error:
             return error.response
 
-    def asked(self, ask: dict) -> tuple[Generator, dict]:
-        """The generator and facts of the checkpoint that a request names, or of the default one."""
+    def answer(self, found: Route, asked: dict) -> Response:
+        """Read a route's fields and the checkpoint, and have it answered."""
         path = self.default_path
-        if "checkpoint" in ask:
-            path = self.checkpoints().get(ask["checkpoint"]) if isinstance(ask["checkpoint"], str) else None
+        if "checkpoint" in asked:
+            path = self.checkpoints().get(asked["checkpoint"]) if isinstance(asked["checkpoint"], str) else None
             if path is None:
-                raise BadRequest(404, f"no checkpoint {ascii(str(ask['checkpoint'])[:20])}: see /api/model")
-        return self.load(path)
+                raise BadRequest(404, f"no checkpoint {ascii(str(asked['checkpoint'])[:20])}: see /api/model")
+        model, values = self.load(path), {}
+        for name, parse in found.fields.items():
+            try:
+                values[name] = parse(asked.get(name), model.size)
+            except ValueError as error:
+                raise BadRequest(400, f"{name} {error}") from None
+        answer = getattr(self, found.answer)(model, **values)
+        if isinstance(answer, dict):
+            return Response(200, "application/json", json.dumps(answer).encode())
+        return answer if isinstance(answer, Response) else Response(200, "image/png", png_bytes(answer))
 
-    def face(self, ask: dict) -> Response:
-        """GET /generate: one PNG of the face at a latent vector."""
-        if "values" not in ask:
-            raise BadRequest(400, f"values is absent: give {LATENT_SIZE} numbers with commas between")
-        values, scale = parse_values(ask["values"]), whole(ask, "scale", 1, 8, 1)
-        image = self.renderer.draw(self.asked(ask)[0], values)
-        return Response(200, "image/png", png_bytes(enlarged(image, scale)))
+    @route("/")
+    def home(self, model: Model) -> Response:
+        policy = f"{self.policy}; connect-src 'self'; frame-ancestors 'none'"
+        return Response(200, "text/html; charset=utf-8", self.page.encode(), (("Content-Security-Policy", policy),))
 
-    def vectors(self, ask: dict, least: int, most: int) -> Tensor:
-        """The latent vectors of a request, (N, 128)."""
-        found = ask.get("vectors")
-        if not isinstance(found, list) or not least <= len(found) <= most:
-            raise BadRequest(400, f"vectors must be a list of {least} to {most}")
-        return torch.stack([numbers(one, LATENT_SIZE, name=f"vector {i}") for i, one in enumerate(found)])
+    @route("/generate", values=vector, scale=whole(1, 8, 1))
+    def face(self, model: Model, values: Tensor, scale: int) -> Image.Image:
+        return enlarged(self.renderer.draw(model.generator, values.tolist()), scale)
 
-    def faces(self, ask: dict) -> Response:
-        """POST /api/faces: one PNG of many faces side by side, drawn in one pass."""
-        vectors, scale = self.vectors(ask, 1, 64), whole(ask, "scale", 1, 8, 1)
+    @route("/api/faces", "POST", vectors=vectors(1, 64), scale=whole(1, 8, 1))
+    def faces(self, model: Model, vectors: Tensor, scale: int) -> Image.Image:
+        """Many faces side by side, drawn in one pass."""
         if len(vectors) * scale > 256:
             raise BadRequest(400, "so many faces at this scale are too large: their product is at most 256")
-        images = draw(self.asked(ask)[0], vectors)
-        return Response(200, "image/png", png_bytes(enlarged(grid_image(images, len(images), 0), scale)))
+        return enlarged(grid_image(draw(model.generator, vectors), len(vectors), 0), scale)
 
-    def model(self, ask: dict) -> Response:
-        """GET /api/model: JSON of the run, its checkpoints with what the judge says of them, and sizes."""
-        _, facts = self.load(self.default_path)
-        epochs = {name: int(name) if name.isdecimal() else self.load(path)[1]["epoch"]
+    @route("/api/model")
+    def model(self, model: Model) -> dict:
+        """The run, its checkpoints with what the judge says of them, and sizes."""
+        epochs = {name: int(name) if name.isdecimal() else self.load(path).facts["epoch"]
                   for name, path in self.checkpoints().items()}
         scores = {line["epoch"]: line.get("scores") for line in read_log(self.run)}
         listed = [{"name": name, "epoch": epoch, "best": name == "best", "scores": scores.get(epoch)}
                   for name, epoch in epochs.items()]
         default = next(name for name, path in self.checkpoints().items() if path == self.default_path)
-        return json_response({
-            "run": str(self.run), "model": facts["model"], "latent_size": LATENT_SIZE, "image_size": facts["image_size"],
-            "checkpoints": listed, "default": default, "directions": [], "dataset": bool(read_manifest(Path(facts["data"]))),
-            "opencv": importlib.util.find_spec("cv2") is not None})
+        return {"run": str(self.run), "model": model.facts["model"], "latent_size": LATENT_SIZE, "image_size": model.size,
+                "checkpoints": listed, "default": default, "directions": [],
+                "dataset": read_manifest(Path(model.facts["data"])) is not None,
+                "opencv": importlib.util.find_spec("cv2") is not None}
 
     def grids(self) -> dict[int, Path]:
         """Epoch -> sample grid that training wrote, in order."""
         paths = (self.run / "samples").glob("epoch-*.png")
         return dict(sorted((int(path.stem[6:]), path) for path in paths if path.stem[6:].isdecimal()))
 
-    def samples(self, ask: dict) -> Response:
-        """GET /api/samples: for which epochs there are grids."""
+    @route("/api/samples")
+    def samples(self, model: Model) -> dict:
         best = self.checkpoints().get("best")
-        return json_response({"epochs": list(self.grids()), "best": best and self.load(best)[1]["epoch"], "columns": 10,
-                              "rows": 10, "tile": self.load(self.default_path)[1]["image_size"], "gap": 2})
+        return {"epochs": list(self.grids()), "best": self.load(best).facts["epoch"] if best else None, "columns": 10,
+                "rows": 10, "tile": model.size, "gap": 2}
 
-    def grid(self, ask: dict) -> Response:
-        """GET /samples/EPOCH: a grid, looked up among those that there are."""
-        path = self.grids().get(int(ask["epoch"]))
-        if path is None:
+    @route("/samples/EPOCH", epoch=whole(0, 9999))
+    def grid(self, model: Model, epoch: int) -> Response:
+        if epoch not in self.grids():
             raise BadRequest(404, "no grid of that epoch: see /api/samples")
-        return Response(200, "image/png", path.read_bytes())
+        return Response(200, "image/png", self.grids()[epoch].read_bytes())
 
-    def log(self, ask: dict) -> Response:
-        """GET /api/log: the log's lines, evenly thinned to 1,000, of which half are judged ones as far as there are."""
+    @route("/api/log")
+    def log(self, model: Model) -> dict:
+        """The log's lines: evenly thinned to 500, and as many of the judged ones."""
         lines = read_log(self.run)
         kept = {line["epoch"]: line for part in (lines, [line for line in lines if "scores" in line])
-                for line in part[::-(-len(part) // 500) or 1]}
-        return json_response({"lines": [kept[epoch] for epoch in sorted(kept)]})
+                for line in part[::-1][::math.ceil(len(part) / 500) or 1]}
+        return {"lines": [kept[epoch] for epoch in sorted(kept)]}
 
-    def timelapse(self, ask: dict) -> Response:
-        """GET /api/timelapse: the sample grids, or one face of them, as a film over the epochs."""
-        paths, cell = list(self.grids().values()), self.load(self.default_path)[1]["image_size"] + 2
-        if not paths:
-            raise BadRequest(404, "training wrote no sample grids here")
-        number, frames = whole(ask, "face", 0, 99) if "face" in ask else None, []
-        for path in paths[::-(-len(paths) // 120)]:
+    @route("/api/timelapse", heavy=True, face=whole(0, 100, 100))
+    def timelapse(self, model: Model, face: int) -> Response:
+        """The sample grids, or one face of them, as a film over the epochs."""
+        paths, cell, frames = list(self.grids().values()), model.size + 2, []
+        left, top = 2 + face % 10 * cell, 2 + face // 10 * cell
+        for path in paths[::math.ceil(len(paths) / 120) or 1]:
             with Image.open(path) as grid:
-                if number is None:
-                    frames.append(grid.convert("RGB").resize((grid.width // 2, grid.height // 2)))
-                else:
-                    left, top = 2 + number % 10 * cell, 2 + number // 10 * cell
-                    frames.append(enlarged(grid.convert("RGB").crop((left, top, left + cell - 2, top + cell - 2)), 3))
+                frames.append(grid.convert("RGB").reduce(2) if face == 100 else
+                              enlarged(grid.convert("RGB").crop((left, top, left + model.size, top + model.size)), 3))
+        if not frames:
+            raise BadRequest(404, "training wrote no sample grids here")
         return Response(200, "image/webp", webp_bytes(frames, 100))
 
-    def directions(self, ask: dict) -> Response:
-        """GET /api/directions: the network's ten strongest directions and what the person calls them."""
-        return json_response({"directions": describe_directions(self.run, *self.strongest(self.asked(ask)[0]))})
+    @route("/api/film", "POST", heavy=True, vectors=vectors(2, MAX_FILM_FACES), scale=whole(1, 4, 2), loop=anything)
+    def film(self, model: Model, vectors: Tensor, scale: int, loop) -> Response:
+        images = pictures(draw(model.generator, film(vectors, loop=loop is True)))
+        return Response(200, "image/webp", webp_bytes([enlarged(image, scale) for image in images]))
 
-    def rename(self, ask: dict) -> Response:
-        """POST /api/directions/name: keep what a person calls a direction."""
-        name = ask.get("name")
-        if not isinstance(name, str) or len(name) > 40 or not (name.isprintable() or not name):
-            raise BadRequest(400, "name must be a line of at most 40 characters")
-        index = whole(ask, "index", 0, 9)
-        name_direction(self.run, self.strongest(self.asked(ask)[0])[0][index], name.strip())
-        return self.directions(ask)
+    @route("/api/directions", heavy=True)
+    def directions(self, model: Model) -> dict:
+        return {"directions": describe_directions(self.run, *self.strongest(model.generator))}
 
-    def jacobian_at(self, ask: dict) -> tuple[Generator, Tensor, Tensor, int]:
-        """(generator, latent vector, its Jacobian, image size) that a request is about."""
-        z = numbers(ask.get("values"), LATENT_SIZE)
-        generator, facts = self.asked(ask)
-        return generator, z, self.jacobian(generator, tuple(z.tolist())), facts["image_size"]
+    @route("/api/directions/name", "POST", heavy=True, index=whole(0, 9), name=label)
+    def rename(self, model: Model, index: int, name: str) -> dict:
+        name_direction(self.run, self.strongest(model.generator)[0][index], name)
+        return self.directions(model)
 
-    def regions(self, ask: dict) -> Response:
-        """POST /api/regions: the face as the network divides it, and the sliders of each region."""
-        _, _, jacobian, size = self.jacobian_at(ask)
-        found = find_regions(jacobian, size)
-        sliders = [describe_sliders(jacobian, (found == number).float()) for number in range(int(found.max()) + 1)]
-        return json_response({"map": found.flatten().tolist(), "regions": [{"sliders": one} for one in sliders]})
+    @route("/api/regions", "POST", heavy=True, values=vector)
+    def regions(self, model: Model, values: Tensor) -> dict:
+        """The face as the network divides it, and the sliders of each region."""
+        slopes = self.jacobian(model.generator, tuple(values.tolist()))
+        found = find_regions(slopes, model.size)
+        sliders = [describe_sliders(slopes, (found == number).float()) for number in range(int(found.max()) + 1)]
+        return {"map": found.flatten().tolist(), "regions": [{"sliders": one} for one in sliders]}
 
-    def region(self, ask: dict) -> Response:
-        """POST /api/region: sliders of a region of any shape."""
-        generator, z, jacobian, size = self.jacobian_at(ask)
-        mask = numbers(ask.get("mask"), size * size, 0, 1, "mask").view(size, size)
-        if mask.sum() < 1:
-            raise BadRequest(400, "mask is empty: brush over a part of the face")
-        return json_response({"sliders": describe_sliders(jacobian, mask)})
+    @route("/api/region", "POST", heavy=True, values=vector, mask=mask)
+    def region(self, model: Model, values: Tensor, mask: Tensor) -> dict:
+        return {"sliders": describe_sliders(self.jacobian(model.generator, tuple(values.tolist())), mask)}
 
-    def paint(self, ask: dict) -> Response:
-        """POST /api/paint: a face nearer to a painted one."""
-        generator, z, jacobian, size = self.jacobian_at(ask)
-        weights = numbers(ask.get("mask"), size * size, 0, 1, "mask").view(size, size) + KEEP_REST
-        return self.fitted(generator, z, jacobian, read_target(ask.get("target"), size), weights)
+    @route("/api/paint", "POST", heavy=True, values=vector, target=picture, mask=mask)
+    def paint(self, model: Model, values: Tensor, target: Tensor, mask: Tensor) -> dict:
+        return self.fitted(model.generator, values, target, mask + KEEP_REST)
 
-    def invert(self, ask: dict) -> Response:
-        """POST /api/invert: one step to the face that is most like a target."""
-        generator, facts = self.asked(ask)
-        target, weights = read_target(ask.get("target"), facts["image_size"]), face_weights(facts["image_size"])
-        if ask.get("values") is None:
-            z = fit_start(generator, target, weights)
-            return json_response({"values": tidy(z), "done": False, "distance": round(
-                distances_to(target, generator(z[None]), weights).item(), 3)})
-        generator, z, jacobian, _ = self.jacobian_at(ask)
-        return self.fitted(generator, z, jacobian, target, weights)
+    @route("/api/invert", "POST", heavy=True, values=anything, target=picture)
+    def invert(self, model: Model, values, target: Tensor) -> dict:
+        """One step to the face that is most like a target."""
+        weights = face_weights(model.size)
+        if values is None:
+            values = tidy(fit_start(model.generator, target, weights))
+        return self.fitted(model.generator, vector(values, model.size), target, weights)
 
-    def fitted(self, generator: Generator, z: Tensor, jacobian: Tensor, target: Tensor, weights: Tensor) -> Response:
+    def fitted(self, generator: Generator, z: Tensor, target: Tensor, weights: Tensor) -> dict:
         """The answer of one step of a fit."""
-        better = fit_step(generator, z, jacobian, target, weights)
+        better = fit_step(generator, z, self.jacobian(generator, tuple(z.tolist())), target, weights)
         before, now = distances_to(target, generator(torch.stack([z, better])), weights).tolist()
-        return json_response({"values": tidy(better), "distance": round(now, 3), "done": before - now < FIT_DONE})
+        return {"values": tidy(better), "distance": round(now, 3), "done": before - now < FIT_DONE}
 
-    def photo(self, ask: dict) -> Response:
-        """POST /api/photo: the faces in a photo, cut out as targets of /api/invert."""
-        size, note = self.asked(ask)[1]["image_size"], ""
+    @route("/api/photo", "POST", heavy=True, photo=anything, box=square)
+    def photo(self, model: Model, photo: bytes, box: Box | None) -> dict:
+        """The faces in a photo, or what lies in the box, cut out as targets of /api/invert."""
+        boxes, note = [box], ""
         try:
-            image, _ = open_photo(ask["photo"], MAX_PHOTO_SIDE)
-        except ValueError as error:
-            raise BadRequest(400, f"the photo cannot be used: {one_line(error)}") from None
-        image.thumbnail((MAX_PHOTO_SIDE, MAX_PHOTO_SIDE))
-        if "box" in ask:
-            boxes = [self.box_of(ask["box"], image)]
-        else:
-            try:
+            image, _ = open_photo(photo, MAX_PHOTO_SIDE)
+            image.thumbnail((MAX_PHOTO_SIDE, MAX_PHOTO_SIDE))
+            if box is None:
                 boxes = find_faces(image)[:16]
                 note = "" if boxes else "no face found: drag the square over it"
-            except UserError as error:  # OpenCV is absent
-                boxes, note = [], str(error)
-        shown = image.copy()
-        shown.thumbnail((1000, 1000))
-        return json_response({
-            "width": image.width, "height": image.height, "picture": data_url(shown, "JPEG"), "note": note,
-            "faces": [{"box": list(box), "target": data_url(cut_face(image, box, size))} for box in boxes]})
+            elif not (0 <= box[0] + box[2] <= 2 * image.width and 0 <= box[1] + box[3] <= 2 * image.height
+                      and box[2] - box[0] <= 2 * max(image.size)):
+                raise BadRequest(400, "box must have its middle in the photo")
+        except ValueError as error:
+            raise BadRequest(400, f"the photo cannot be used: {one_line(error)}") from None
+        except UserError as error:  # OpenCV is absent
+            boxes, note = [], str(error)
+        faces = [{"box": list(box), "target": data_url(cut_face(image, box, model.size))} for box in boxes]
+        width, height = image.size
+        image.thumbnail((1000, 1000))
+        return {"width": width, "height": height, "picture": data_url(image, "JPEG"), "faces": faces, "note": note}
 
-    def box_of(self, text: str, image: Image.Image) -> Box:
-        """The square that a request's box is; its middle must lie in the photo."""
-        parts = text.split(",")
-        if len(parts) != 4 or not all(NUMBER.fullmatch(part) for part in parts):
-            raise BadRequest(400, "box must be four numbers with commas between: left, top, right, bottom")
-        left, top, right, bottom = numbers([float(part) for part in parts], 4, -10_000, 10_000, "box").tolist()
-        side, column, row = right - left, (left + right) / 2, (top + bottom) / 2
-        if not (8 <= side <= 2 * max(image.size) and abs(side - (bottom - top)) <= 1 + side / 50
-                and 0 <= column <= image.width and 0 <= row <= image.height):
-            raise BadRequest(400, "box must be a square of 8 pixels or more with its middle in the photo")
-        return left, top, left + side, top + side
-
-    def neighbours(self, ask: dict) -> Response:
-        """POST /api/neighbours: the training faces most like a face, in the judge's features."""
-        z = numbers(ask.get("values"), LATENT_SIZE)
-        generator, facts = self.asked(ask)
+    @route("/api/neighbours", "POST", heavy=True, values=vector)
+    def neighbours(self, model: Model, values: Tensor) -> dict:
+        """The training faces most like a face, in the judge's features."""
         try:
-            known = self.neighbourhood(facts["data"])
+            known = self.neighbourhood(model.facts["data"])
         except UserError as error:
             raise BadRequest(404, f"the training faces are not there: {one_line(error)}") from None
-        if known.images.shape[-1] != facts["image_size"]:
-            raise BadRequest(404, "the dataset there now has faces of another size")
-        distances, which = known.nearest(draw(generator, z[None]))
-        return json_response({"picture": data_url(grid_image(known.images[which[0]], 5, 0)), "typical": known.typical,
-                              "distances": [round(distance, 3) for distance in distances[0].tolist()]})
+        distances, which = known.nearest(draw(model.generator, values[None]))
+        return {"picture": data_url(grid_image(known.images[which[0]], 5, 0)), "typical": known.typical,
+                "distances": [round(distance, 3) for distance in distances[0].tolist()]}
 
-    def film(self, ask: dict) -> Response:
-        """POST /api/film: an animated WebP through faces."""
-        vectors, scale = self.vectors(ask, 2, MAX_FILM_FACES), whole(ask, "scale", 1, 4, 2)
-        images = pictures(draw(self.asked(ask)[0], film(vectors, loop=ask.get("loop") is True)))
-        return Response(200, "image/webp", webp_bytes([enlarged(image, scale) for image in images]))
+
+def route_of(path: str) -> str:
+    """A path as it stands among the ROUTES."""
+    return "/samples/EPOCH" if re.fullmatch(r"/samples/\d{1,8}", path, re.ASCII) else path
 
 
 @dataclass(frozen=True)
@@ -3006,7 +3019,10 @@ class Server:
         self.loop, self.over = asyncio.get_running_loop(), asyncio.Event()
         self.large = asyncio.Semaphore(2)  # photos in memory at once
         await asyncio.start_server(self.connection, sock=self.socket, limit=MAX_HEADER_BYTES)
-        await self.over.wait()
+        try:
+            await self.over.wait()
+        finally:
+            self.over.set()
 
     def shutdown(self) -> None:
         """Let serve_forever return; from another thread."""
@@ -3025,7 +3041,7 @@ class Server:
             if self.connections > MAX_CONNECTIONS:
                 await send(writer, BadRequest(503, "busy", ("Retry-After", "1")).response, keep=False)
             else:
-                while await self.exchange(reader, writer):
+                while await self.exchange(reader, writer) and not self.over.is_set():
                     pass
         except (OSError, EOFError, asyncio.TimeoutError, asyncio.CancelledError):
             pass  # the client went away or was too slow, or the server ends
@@ -3048,7 +3064,8 @@ class Server:
             if request.headers.get("Expect", "").lower() == "100-continue":
                 writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = await asyncio.wait_for(reader.readexactly(request.length), REQUEST_SECONDS)
-            pool = self.heavy if self.site.is_heavy(request.target) else self.light
+            found = ROUTES.get(request.target.partition("?")[0])
+            pool = self.heavy if found and found.heavy else self.light
             response = await self.loop.run_in_executor(pool, self.answer, request, body)
         await send(writer, response, request.keep, request.method == "HEAD")
         return request.keep
@@ -3097,9 +3114,9 @@ def serve(settings: EvalSettings) -> int:
     with closing(server):
         if settings.host not in ("127.0.0.1", "localhost", "::1"):
             say(f"warning: anyone who can reach {settings.host} can use this server")
-        generator, facts = site.load(site.default_path)
-        server.heavy.submit(jacobian, generator, torch.zeros(LATENT_SIZE))  # the first takes torch some seconds more
-        say(f"faces of {site.default_path} (epoch {facts['epoch']}) at {server.url} (Ctrl-C ends)")
+        model = site.load(site.default_path)
+        server.heavy.submit(jacobian, model.generator, torch.zeros(LATENT_SIZE))  # the first takes torch some seconds more
+        say(f"faces of {site.default_path} (epoch {model.facts['epoch']}) at {server.url} (Ctrl-C ends)")
         server.serve_forever()
     return 0
 

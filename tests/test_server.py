@@ -239,7 +239,7 @@ def test_the_scores_of_checkpoints_are_told(copied):
 
 def test_threads_share_forward_passes(site, run, monkeypatch):
     """Requests that wait at one moment are drawn together, and each gets its own face."""
-    come, sizes, draw, parse = threading.Semaphore(0), [], gan.draw, gan.parse_values
+    come, sizes, draw, real = threading.Semaphore(0), [], gan.draw, gan.Renderer.draw
 
     def waiting_draw(generator, z, *rest):
         if not sizes:  # the first pass begins when all have come
@@ -247,11 +247,11 @@ def test_threads_share_forward_passes(site, run, monkeypatch):
         sizes.append(len(z))
         return draw(generator, z, *rest)
 
-    def counted_parse(text):
+    def counted(self, *arguments):
         come.release()
-        return parse(text)
+        return real(self, *arguments)
     monkeypatch.setattr(gan, "draw", waiting_draw)
-    monkeypatch.setattr(gan, "parse_values", counted_parse)
+    monkeypatch.setattr(gan.Renderer, "draw", counted)
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda i: site.respond("GET", target(changed(i, 3))), range(16)))
     assert sum(sizes) == 16 and len(sizes) < 16
@@ -412,13 +412,13 @@ def test_client_that_goes_away_leaves_no_trace(site, capfd, monkeypatch):
 
 def test_fault_inside_is_500_without_details(run, monkeypatch, capfd):
     """A fault of ours tells the client nothing and the operator one line; the connection goes on."""
-    def fail(self, query):
+    def fail(self, *_, **fields):
         raise RuntimeError("a secret\nof two lines")
     monkeypatch.setattr(gan.Site, "face", fail)
     with serving(gan.Site(run, None, CPU)) as server:
-        answer = talk(server.port, request(server.port, path="/generate") + request(server.port))
+        answer = talk(server.port, request(server.port, path=target()) + request(server.port))
     assert statuses(answer) == [500, 200] and b"secret" not in answer and b"RuntimeError" not in answer
-    assert re.fullmatch(r"gan\.py: GET '/generate' failed: RuntimeError: a secret.*\n", capfd.readouterr().err)
+    assert re.fullmatch(r"gan\.py: GET '/generate.*' failed: RuntimeError: a secret.*\n", capfd.readouterr().err)
 
 
 def test_damaged_checkpoint_costs_its_own_requests(copied, capfd):
@@ -464,13 +464,13 @@ def test_an_answer_takes_as_long_as_it_takes(run, monkeypatch):
     monkeypatch.setattr(gan, "REQUEST_SECONDS", 0.5)
     reached, go_on = threading.Event(), threading.Event()
 
-    def slow_face(self, ask):
+    def slow_face(self, *_, **fields):
         reached.set()
         assert go_on.wait(PATIENCE)
-        return self.page
+        return gan.Image.new("RGB", (32, 32))
     monkeypatch.setattr(gan.Site, "face", slow_face)
     with serving(gan.Site(run, None, CPU)) as server, connect(server.port) as kept:
-        kept.sendall(request(server.port, "HEAD") + request(server.port, path="/generate"))
+        kept.sendall(request(server.port, "HEAD") + request(server.port, path=target()))
         assert reached.wait(PATIENCE)
         with connect(server.port) as idle:
             assert read_all(idle) == b""  # it was cut off: the time of a request has passed

@@ -231,7 +231,7 @@ def test_without_the_dataset_neighbours_are_a_404(trained, tmp_path):
 
 @pytest.mark.parametrize("path, body, named", [
     ("/api/faces", {}, "vectors"), ("/api/faces", {"vectors": []}, "vectors"), ("/api/faces", {"vectors": [BASE] * 65}, "vectors"),
-    ("/api/faces", {"vectors": [BASE[1:]]}, "vector 0"), ("/api/faces", {"vectors": [BASE, changed(3, "1")]}, "value 3 of vector 1"),
+    ("/api/faces", {"vectors": [BASE[1:]]}, "128 numbers"), ("/api/faces", {"vectors": [BASE, changed(3, "1")]}, "value 3"),
     ("/api/faces", {"vectors": [changed(9, 101)]}, "value 9"), ("/api/faces", {"vectors": [changed(9, True)]}, "value 9"),
     ("/api/faces", {"vectors": [changed(9, float("nan"))]}, "value 9"), ("/api/faces", {"vectors": [changed(9, 10 ** 400)]}, "value 9"),
     ("/api/faces", {"vectors": [BASE] * 64, "scale": 8}, "too large"), ("/api/faces", {"vectors": [BASE], "scale": 1.5}, "scale"),
