@@ -55,7 +55,7 @@ import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -2455,32 +2455,29 @@ def tidy(vector: Tensor) -> list[float]:
     return [round(number, 5) for number in vector.tolist()]
 
 
-def read_names(run: Path) -> list[dict]:
-    """The directions of a run that a person has named, {name, vector} each."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
+def read_names(run: Path) -> dict[str, Tensor]:
+    """What a person called directions of a run: name -> vector (128,)."""
+    try:
         named = json.loads((run / "directions.json").read_text("utf-8"))
-        return [{"name": str(one["name"]), "vector": [float(number) for number in one["vector"]]} for one in named]
-    return []
-
-
-def is_direction(named: dict, vector: Tensor) -> bool:
-    """Whether a named direction is this one, or what became of it by further training: nearly parallel."""
-    return len(named["vector"]) == len(vector) and torch.tensor(named["vector"]) @ vector > 0.9
+        return {name: torch.tensor(vector).reshape(LATENT_SIZE) for name, vector in named.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError):  # none yet, or not written by us
+        return {}
 
 
 def describe_directions(run: Path, vectors: Tensor, strengths: Tensor) -> list[dict]:
-    """Directions as plain types: vector, strength in grey levels, and what a person called it, if anything."""
+    """Directions as plain types: vector, strength in grey levels, and what a person called it, if anything. A name stays
+    with what becomes of a direction by further training: with one that is nearly parallel."""
     named = read_names(run)
     return [{"vector": tidy(vector), "strength": round(strength, 3),
-             "name": next((one["name"] for one in named if is_direction(one, vector)), "")}
+             "name": next((name for name, known in named.items() if known @ vector > 0.9), "")}
             for vector, strength in zip(vectors, strengths.tolist())]
 
 
 def name_direction(run: Path, vector: Tensor, name: str) -> None:
     """Keep a person's name of a direction with the run; an empty one forgets it. The newest 100 are kept."""
-    others = [named for named in read_names(run) if not is_direction(named, vector)]
-    new = [{"name": name, "vector": tidy(vector)}] if name else []
-    atomic_write(run / "directions.json", json.dumps((new + others)[:100]).encode())
+    others = {name: tidy(known) for name, known in read_names(run).items() if known @ vector <= 0.9}
+    named = ({name: tidy(vector)} if name else {}) | {other: known for other, known in others.items() if other != name}
+    atomic_write(run / "directions.json", json.dumps(dict(list(named.items())[:100])).encode())
 
 
 def cut_face(image: Image.Image, box: Box, size: int) -> Image.Image:
@@ -2717,10 +2714,10 @@ class Site:
     """What the server offers of one run: the page, its checkpoints and what they draw. Knows no sockets."""
 
     def __init__(self, run: Path, default: str | None, device: torch.device):
-        self.run, self.device, self.renderer = run, device, Renderer()
+        self.run, self.renderer = run, Renderer()
         self.default_path = find_checkpoint(run, default)
-        self.cache: OrderedDict[Path, tuple[int | None, Model]] = OrderedDict()
-        self.lock = threading.Lock()
+        self.lock, self.stamps = threading.Lock(), {}
+        self.read = lru_cache(4)(lambda path, stamp: Model(*load_generator(path, device)))
         self.load(self.default_path)
         self.page, self.policy = read_page()
         self.jacobian = lru_cache(2)(lambda generator, values: jacobian(generator, torch.tensor(values)))
@@ -2737,16 +2734,9 @@ class Site:
     def load(self, path: Path) -> Model:
         """A checkpoint, read again when its file changed; the last few are kept."""
         with self.lock:
-            try:
-                stamp = path.stat().st_mtime_ns
-            except FileNotFoundError:  # between the two renames of a save; what was read before still stands
-                stamp = None
-            if path not in self.cache or stamp not in (None, self.cache[path][0]):
-                self.cache[path] = (stamp, Model(*load_generator(path, self.device)))
-            self.cache.move_to_end(path)
-            while len(self.cache) > 4:
-                self.cache.popitem(last=False)
-            return self.cache[path][1]
+            with suppress(FileNotFoundError):  # between the two renames of a save; what was read before still stands
+                self.stamps[path] = path.stat().st_mtime_ns
+            return self.read(path, self.stamps[path])
 
     def respond(self, method: str, target: str, body: bytes = b"") -> Response:
         """Answer a request: method and request target as they stand in the request line. Never raises BadRequest."""

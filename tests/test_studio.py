@@ -87,7 +87,7 @@ def test_directions_change_the_face_and_keep_their_names(trained, tmp_path):
     assert [one["name"] for one in named] == [""] * 3 + ["lächelt 🙂"] + [""] * 6
     assert get(gan.Site(run, None, CPU), "/api/directions") == {"directions": named}
     assert post(site, "/api/directions/name", index=3, name="")["directions"] == found
-    (run / "directions.json").write_text('[{"name": "x"}, 3]')  # written by someone else: no names, no fault
+    (run / "directions.json").write_text('{"name": [3], "x": null}')  # written by someone else: no names, no fault
     assert get(site, "/api/directions")["directions"] == found
 
 
