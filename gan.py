@@ -51,11 +51,11 @@ import sys
 import tarfile
 import threading
 import time
-import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -63,14 +63,15 @@ from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPException, HTTPMessage, parse_headers
 from ipaddress import ip_address
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Callable, Iterator, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError, features
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -83,6 +84,8 @@ FEW_FACES = 500  # with fewer, a generator learns them by heart
 MIN_FACE_PIXELS = 8  # a crop with a shorter side holds no face
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # none that starts other programs
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+RAW_SUFFIXES = (".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
 DEMO_RUN = Path("runs/demo")
 CHECKPOINT_FORMAT = 2
@@ -162,10 +165,15 @@ def balance_rule(text: str) -> str | int:
     return int(between(1, 1000)(text))
 
 
+def crop_rule(text: str) -> str | float:
+    """Parse 'face' or a share from 0.05 to 1."""
+    return "face" if text.lower() == "face" else between(0.05, 1, float)(text)
+
+
 def setting(default, help: str, parse: Callable = str, metavar: str | None = None, fixed: bool = False,
             positional: bool = False):
-    """Declare one setting. `fixed`: it cannot change once a run has begun. `positional`: it is given without a flag, and
-    must be. A default of False makes a switch."""
+    """Declare one setting. `fixed`: it cannot change once a run has begun. `positional`: it must be given, without a
+    flag. A default of False makes a switch."""
     return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar, "fixed": fixed,
                                             "positional": positional})
 
@@ -182,8 +190,10 @@ class PrepareSettings:
     download: bool = setting(False, "fetch the Kaggle dataset atulanandjha/lfwpeople (needs: pip install kagglehub)")
     data: str = setting("data", "folder to write the dataset to", metavar="DIR")
     size: int = setting(80, "side of a face in pixels", one_of(*image_sizes()), "PIXELS")
-    crop: float = setting(0.5, "central share of width and height to keep, 1 for all", between(0.05, 1, float), "SHARE")
-    per_person: int = setting(2, "images of one person (one folder), 0 for all", between(0, 10**6), "N")
+    crop: str | float = setting(0.5, "'face' (every face that is found; needs OpenCV) or the central share of width "
+                                "and height to keep, 1 for all", crop_rule, "SHARE|face")
+    per_person: int = setting(0, "photos of one folder (one person) at most, 0 for two of each and, while --limit is "
+                              "not reached, more", between(0, 10**6), "N")
     limit: int = setting(2000, "faces to train on at most, 0 for all", between(0, 10**7), "N")
     seed: int = setting(0, "seed of the order of faces", between(0, 2**31 - 1), "N")
     png: str | None = setting(None, "also write the training faces as PNG files here, for other tools", metavar="DIR")
@@ -284,41 +294,67 @@ class DemoSettings:
 HELD_OUT_FACES = 1000  # at most; the judge compares with them
 LEAST_JUDGED = 100  # fewer would say nothing
 LOOK_PIXELS = 640  # longer side of the picture in which faces are looked for
-THREAD = threading.local()  # what each thread has of its own
+THREAD = threading.local()  # holds the detector of each thread
+OPENCV = threading.Lock()  # it cannot be imported by two threads at once
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of an upright photo
 OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.pt\.gz|\.gan-.*")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Something named like an image. `read()` gives its bytes; `problem`, if any, says why it is skipped."""
+    """Something named like an image. `read()` gives its bytes, on any thread; `problem`, if any, says why it is
+    skipped; `unread` is its suffix where photos of that kind are not read here."""
     name: str
     read: Callable[[], bytes]
     problem: str = ""
+    unread: str = ""
+
+
+@cache
+def readable_here() -> tuple[list[str], dict[str, str]]:
+    """(Formats of Pillow's that are read here, suffix of photos that are not -> what to do)."""
+    formats, other = list(IMAGE_FORMATS), dict.fromkeys(RAW_SUFFIXES, "convert them to JPEG")
+    if features.check("avif"):
+        formats.append("AVIF")
+    else:
+        other[".avif"] = "pip install --upgrade pillow"
+    try:
+        import pillow_heif
+        pillow_heif.register_heif_opener()
+        formats.append("HEIF")
+    except ImportError:
+        other |= dict.fromkeys(HEIF_SUFFIXES, "pip install pillow-heif")
+    return formats, other
 
 
 def is_photo_name(name: str) -> bool:
     """Whether a path inside a source is named like a photo; hidden files and macOS's archive litter are not."""
     hidden = any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in name.split("/"))
-    return name.lower().endswith(IMAGE_SUFFIXES) and not hidden
+    return name.lower().endswith((*IMAGE_SUFFIXES, ".avif", *HEIF_SUFFIXES, *RAW_SUFFIXES)) and not hidden
 
 
 def checked(name: str, read: Callable[[], bytes], size: int, *, link: bool, regular: bool) -> Entry:
-    """An Entry that is refused when it is a link, a device, empty, too large or named to lead out of its source."""
+    """An Entry that is refused when it is a link, a device, empty, too large, named to lead out of its source or of a
+    kind that is not read here."""
     leads_out = ".." in name.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", name)
+    suffix = PurePosixPath(name).suffix.lower()
     problem = ("is a link" if link else "is not a regular file" if not regular else "is empty" if size == 0
                else f"is larger than {MAX_FILE_BYTES // 10**6} MB" if size > MAX_FILE_BYTES
                else "has a path that leads out of its archive" if leads_out else "")
-    return Entry(name, read, problem)
+    return Entry(name, read, problem, unread=suffix if not problem and suffix in readable_here()[1] else "")
 
 
-def walk_source(source: Path) -> Iterator[Entry]:
-    """Everything named like a photo in a folder, .zip, .tar or .tgz, one by one; nothing is unpacked to disk.
+def walk_source(source: Path, scratch: Path) -> Iterator[Entry]:
+    """Everything named like a photo in a folder, .zip, .tar or .tgz, one by one; nothing is written but to `scratch`.
 
     An archive that breaks off ends with an Entry of its own name that says so."""
-    walk = walk_folder if source.is_dir() else walk_zip if zipfile.is_zipfile(source) else walk_tar
     try:
-        yield from walk(source)
+        if source.is_dir():
+            yield from walk_folder(source)
+        elif zipfile.is_zipfile(source):
+            yield from walk_zip(source)
+        else:
+            yield from walk_tar(source, scratch)
     except Exception as error:  # each kind of archive and compression raises its own kinds of error
         yield Entry(source.name, bytes, f"cannot be read further: {one_line(error)}")
 
@@ -333,35 +369,42 @@ def walk_folder(root: Path) -> Iterator[Entry]:
             if is_photo_name(relative + name) and not (name == "faces.png" and "manifest.json" in names):  # ours
                 path = os.path.join(folder, name)
                 info = os.lstat(path)
-                yield checked(relative + name, partial(read_file, path), info.st_size,
+                yield checked(relative + name, partial(read_part, path), info.st_size,
                               link=stat.S_ISLNK(info.st_mode), regular=stat.S_ISREG(info.st_mode))
     for error in troubles:
-        yield Entry(os.path.relpath(error.filename, root), bytes, error.strerror)
+        yield Entry(os.path.relpath(error.filename, root), bytes, one_line(error))
 
 
-def read_file(path: str) -> bytes:
-    """All bytes of a file; OSError where it cannot be read."""
+def read_part(path: str | Path, start: int = 0, size: int = -1) -> bytes:
+    """`size` bytes of a file, all by default; OSError where it cannot be read."""
     with open(path, "rb") as file:
-        return file.read()
+        file.seek(start)
+        return file.read(size)
 
 
 def walk_zip(path: Path) -> Iterator[Entry]:
     """Photos of a .zip, in its order."""
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if is_photo_name(info.filename) and not info.is_dir():
-                kind = stat.S_IFMT(info.external_attr >> 16)
-                yield checked(info.filename, partial(archive.read, info), info.file_size,
-                              link=kind == stat.S_IFLNK, regular=kind in (0, stat.S_IFREG, stat.S_IFLNK))
+    archive = zipfile.ZipFile(path)  # stays open for the entries
+    for info in archive.infolist():
+        if is_photo_name(info.filename) and not info.is_dir():
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            yield checked(info.filename, partial(archive.read, info), info.file_size,
+                          link=kind == stat.S_IFLNK, regular=kind in (0, stat.S_IFREG, stat.S_IFLNK))
 
 
-def walk_tar(path: Path) -> Iterator[Entry]:
-    """Photos of a .tar, packed or not, in its order; each can be read only before the next one is asked for."""
-    with tarfile.open(path) as archive:
+def walk_tar(path: Path, scratch: Path) -> Iterator[Entry]:
+    """Photos of a .tar, in its order. Those of a packed one are copied to a scratch file, where they can be found."""
+    with tarfile.open(path) as archive, open(scratch / "photos", "wb") as copies:
+        packed = not isinstance(archive.fileobj, io.BufferedReader)
         for member in archive:
-            archive.members = []  # tarfile would remember every member of a long archive
+            archive.members = []  # type: ignore[attr-defined]  # tarfile would remember each of a long archive
             if is_photo_name(member.name) and not member.isdir():
-                yield checked(member.name, lambda: archive.extractfile(member).read(), member.size,
+                place = (path, member.offset_data, member.size)
+                if packed and member.isreg() and member.size <= MAX_FILE_BYTES:
+                    place = (Path(copies.name), copies.tell(), member.size)
+                    archive.fileobj.seek(member.offset_data)
+                    copies.write(archive.fileobj.read(member.size))
+                yield checked(member.name, partial(read_part, *place), member.size,
                               link=member.issym() or member.islnk(), regular=member.isreg())
 
 
@@ -373,33 +416,55 @@ def persons_of(names: list[str]) -> dict[str, str]:
     return {name: folder if several and folder != "." else name for name, folder in folders.items()}
 
 
+def turns(names: list[str], person: dict[str, str]) -> dict[str, int]:
+    """Name -> the how-manyth of its person's it is in the list, counted from 1."""
+    met: Counter[str] = Counter()
+    result = {}
+    for name in names:
+        met[person[name]] += 1
+        result[name] = met[person[name]]
+    return result
+
+
 def choose_photos(names: list[str], per_person: int, seed: int) -> list[str]:
-    """At most per_person (0: all) names of each person, shuffled. Depends on the names and the seed alone."""
-    taken: dict[str, int] = {}
-    chosen = []
-    for name, person in persons_of(sorted(set(names))).items():
-        taken[person] = taken.get(person, 0) + 1
-        if per_person == 0 or taken[person] <= per_person:
-            chosen.append(name)
-    random.Random(seed).shuffle(chosen)
-    return chosen
+    """The names in the order in which photos are taken, at most per_person (0: all) of each person. It depends on the
+    set of names and the seed alone.
+
+    First come the first two of each person: where folders are persons they are enough, and faces stay many-sided. Then
+    one more of each in every round: where folders are classes or ranges of numbers, as many come from each."""
+    names = sorted(set(names))
+    person = persons_of(names)
+    turn = turns(names, person)
+    allowed = [name for name in names if not per_person or turn[name] <= per_person]
+    first, later = ([name for name in allowed if (turn[name] > 2) == late] for late in (False, True))
+    rng = random.Random(seed)
+    rng.shuffle(first)
+    rng.shuffle(later)
+    round_of = turns(later, person)
+    return first + sorted(later, key=lambda name: round_of[name])
 
 
-def choose_held_out(names: list[str], limit: int) -> set[str]:
-    """Those of the names that are held out of training: what --limit leaves over, at least a fifth, at most 1,000; none
-    where these would be too few to judge by. They are all the photos of their persons; persons of few photos come
-    first, so that there are many of them."""
+def choose_held_out(names: list[str], limit: int) -> list[str]:
+    """Those of the names, in their order, that are held out of training: what --limit leaves over, at least a fifth, at
+    most 1,000.
+
+    Where enough persons have few photos, these are all the photos of such persons: the judge compares with strangers.
+    Else, as where folders are classes, they are the same share of each folder."""
     person = persons_of(names)
     wanted = min(HELD_OUT_FACES, max(len(names) // 5, len(names) - limit))
     photos: dict[str, list[str]] = {}
     for name in reversed(names):  # the first ones are trained on
         photos.setdefault(person[name], []).append(name)
+    small = sorted((theirs for theirs in photos.values() if 10 * len(theirs) <= wanted), key=len)
     held_out: set[str] = set()
-    for theirs in sorted(photos.values(), key=len):
-        if wanted < LEAST_JUDGED or len(held_out) >= wanted:
-            break
-        held_out.update(theirs)
-    return held_out
+    if sum(map(len, small)) >= wanted:
+        while len(held_out) < wanted:
+            held_out.update(small.pop(0))
+    else:
+        turn = turns(names, person)
+        late = sorted(names, key=lambda name: turn[name] / len(photos[person[name]]))
+        held_out.update(late[len(names) - wanted:])
+    return [name for name in names if name in held_out]
 
 
 def crop_box(width: int, height: int, crop: float) -> Box:
@@ -426,9 +491,9 @@ def open_photo(data: bytes, enough: float = math.inf) -> tuple[Image.Image, floa
     """Decode a photo, upright as its EXIF says and in RGB. Where `enough` pixels of width and height will do, a JPEG
     decoder shrinks larger photos for free.
 
-    Returns (image, how many of the photo's pixels one of its pixels stands for). ValueError says in one line why not."""
+    Returns (image, how many of the photo's pixels one of its own stands for). ValueError says in one line why not."""
     try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=readable_here()[0])
         full = max(image.size)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"has too many pixels ({image.width}×{image.height})")
@@ -443,15 +508,16 @@ def open_photo(data: bytes, enough: float = math.inf) -> tuple[Image.Image, floa
 
 
 def face_detector():
-    """This thread's own detector of faces, as it is not safe to share: the frontal-face cascade in OpenCV's wheel (Viola
-    and Jones 2001; Lienhart, Kuranov and Pisarevsky 2003). UserError without OpenCV 4."""
+    """This thread's own detector of faces, as it is not safe to share: the frontal-face cascade in OpenCV's wheel
+    (Viola and Jones 2001; Lienhart, Kuranov and Pisarevsky 2003). UserError without OpenCV 4."""
     if not hasattr(THREAD, "detector"):
-        try:
-            import cv2
-            THREAD.detector = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
-        except (ImportError, AttributeError):  # OpenCV 5 has no cascades
-            raise UserError('finding faces needs OpenCV 4: pip install "opencv-python-headless<5"') from None
-        cv2.setNumThreads(1)  # whoever has many photos divides them among threads
+        with OPENCV:
+            try:
+                import cv2.data
+                THREAD.detector = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+            except (ImportError, AttributeError):  # OpenCV 5 has no cascades
+                raise UserError('finding faces needs OpenCV 4: pip install "opencv-python-headless<5"') from None
+            cv2.setNumThreads(1)  # whoever has many photos divides them among threads
     return THREAD.detector
 
 
@@ -467,64 +533,68 @@ def find_faces(image: Image.Image) -> list[Box]:
     squares: list[Box] = []
     for left, top, side, _ in sorted(np.reshape(found, (-1, 4)).tolist(), key=lambda box: -box[2]):
         x, y, half = scale * (left + side / 2), scale * (top + side / 2), scale * 1.1 * side / 2
-        if not any(l < x < r and t < y < b for l, t, r, b in squares):  # else it is the same face, or a part of it
+        if not any(box[0] < x < box[2] and box[1] < y < box[3] for box in squares):  # else it is of one of their faces
             squares.append((x - half, y - half, x + half, y + half))
     return squares
 
 
-def decode_face(data: bytes, size: int, crop: float) -> np.ndarray:
-    """Decode one photo to a (size, size, 3) uint8 face. ValueError says in one line why not."""
-    image, scale = open_photo(data, 2 * size / crop)
-    if crop * scale * min(image.size) < MIN_FACE_PIXELS:
-        raise ValueError(f"is too small ({image.width}×{image.height})")
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=crop_box(*image.size, crop)))
+def resized(square: Box, factor: float) -> Box:
+    """The same square where a pixel has become `factor` pixels."""
+    left, top, right, bottom = square
+    return left * factor, top * factor, right * factor, bottom * factor
 
 
-def read_jobs(source: Path, found: list[Entry], slots: dict[str, int],
-              decode: Callable) -> Iterator[tuple[int, str, Callable]]:
-    """(slot, name, job) for each wanted photo of a source, its bytes read, in the order in which they lie there.
-
-    `found`, the entries seen before, serves a folder; an archive is read through again."""
-    left = dict(slots)
-    for entry in found if source.is_dir() else walk_source(source):
-        if entry.name in left and not entry.problem:
-            try:
-                job = partial(decode, entry.read())
-            except Exception as error:
-                job = partial(refuse, one_line(error))
-            yield left.pop(entry.name), entry.name, job
-    for name, slot in left.items():
-        yield slot, name, partial(refuse, "is not in the source any more, or lies behind a damaged part of it")
+def problem_of(square: Box, image: Image.Image, least: float) -> str:
+    """Why a square of an image is not used as a face, if so: narrower than `least`, or too much of it lies outside."""
+    left, top, right, bottom = square
+    inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0))
+    return ("has a face that is too small" if right - left < least
+            else "has a face of which more than a fifth lies outside" if inside < 0.8 * (right - left) ** 2 else "")
 
 
-def refuse(reason: str) -> None:
-    """The job of a photo that could not be read: fails with the reason."""
-    raise ValueError(reason)
+def cut(image: Image.Image, square: Box, size: int) -> np.ndarray:
+    """A square of an RGB image as (size, size, 3) uint8; what lies outside is mirrored."""
+    left, top, right, bottom = square
+    x, y = max(0, math.ceil(-left)), max(0, math.ceil(-top))
+    beyond_x, beyond_y = max(0, math.ceil(right - image.width)), max(0, math.ceil(bottom - image.height))
+    if x or y or beyond_x or beyond_y:
+        image = Image.fromarray(np.pad(np.asarray(image), ((y, beyond_y), (x, beyond_x), (0, 0)), "symmetric"))
+    box = (left + x, top + y, right + x, bottom + y)
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
 
 
-def run_jobs(jobs: Iterator[tuple[int, str, Callable]], faces: BinaryIO, bar: tqdm) -> dict[str, str]:
-    """Run the jobs on all cores and write each face at its slot of the file. Returns name -> reason of the failed."""
-    cores, waiting, failed = usable_cores(), deque(), {}
+def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
+    """Decode a photo: (its faces, largest first, as (Box in the photo's pixels, (size, size, 3) uint8), why other faces
+    are not used). ValueError says in one line why the photo is not."""
+    if isinstance(crop, str):
+        image, scale = open_photo(data, LOOK_PIXELS)
+        least, squares = size, find_faces(image)
+    else:
+        image, scale = open_photo(data, 2 * size / crop)
+        least, squares = MIN_FACE_PIXELS, [crop_box(*image.size, crop)]
+    problems = [problem_of(square, image, least / scale) for square in squares]
+    good = [square for square, problem in zip(squares, problems) if not problem]
+    refused = [problem for problem in problems if problem]
+    if not good:
+        raise ValueError(refused[0] if refused else "has no face that is found")
+    finer, looked_at = size / min(right - left for left, _, right, _ in good), scale
+    if finer > 1 and scale > 1:  # the photo has more pixels than faces were looked for in
+        image, scale = open_photo(data, finer * min(image.size))
+    ratio = looked_at / scale
+    return [(resized(square, looked_at), cut(image, resized(square, ratio), size)) for square in good], refused
 
-    def finish() -> None:
-        slot, name, future = waiting.popleft()
-        try:
-            face = future.result()
-        except Exception as error:  # Pillow's decoders raise every kind of error on hostile files
-            failed[name] = one_line(error)
-        else:
-            faces.seek(slot * face.nbytes)
-            faces.write(face.tobytes())
-            bar.update()
 
-    with ThreadPoolExecutor(cores) as pool:  # threads: Pillow decodes and resizes without holding the GIL
-        for slot, name, job in jobs:
-            waiting.append((slot, name, pool.submit(job)))
-            if len(waiting) > 4 * cores:  # bounds the memory of photos that are read but not yet decoded
-                finish()
+def on_all_cores(function: Callable, items: Iterable) -> Iterator:
+    """Like map, on all cores; few items are begun at once, which bounds memory."""
+    cores = usable_cores()
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(cores) as pool:  # threads: Pillow and OpenCV work without holding the GIL
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * cores:
+                yield waiting.popleft().result()
         while waiting:
-            finish()
-    return failed
+            yield waiting.popleft().result()
 
 
 # Palettes of the drawn faces, each a line through colour space
@@ -602,7 +672,7 @@ def draw_face_array(seed: int, index: int, size: int) -> np.ndarray:
     return np.asarray(draw_face(np.random.default_rng([seed, index]), size))
 
 
-def atomic_write(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that a kill or a power cut at any moment leaves either the old content or the new one.
 
     Temporary file in the same folder -> flush -> fsync -> replace -> fsync of the folder. OSErrors name `path`."""
@@ -675,100 +745,190 @@ def find_source(settings: PrepareSettings) -> Path:
     return source
 
 
-def collect_faces(settings: PrepareSettings, faces: BinaryIO) -> tuple[list[int], list[int], dict]:
-    """Find photos and decode them into a scratch file. Returns (the slots in it of faces to train on, those of faces
-    that are held out, facts for the manifest).
+@contextmanager
+def quiet_libraries() -> Iterator[TextIO]:
+    """Keep from stderr what is written there, as libtiff has words for each photo; yields a stream that reaches it."""
+    with os.fdopen(os.dup(2), "w") as terminal, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield terminal
+        finally:
+            os.dup2(terminal.fileno(), 2)
 
-    The file keeps memory bounded however many photos there are; slots make the result independent of the order in
-    which they are read. Where photos turn out bad, the next ones take their place until --limit is reached."""
-    size, source, skipped = settings.size, None if settings.demo else find_source(settings), {}
-    if source is None:
-        count = settings.limit or 2000
-        names = [f"drawn face {i}" for i in range(count + count // 4)]
-    else:
-        entries = list(walk_source(source))
-        skipped = {entry.name: entry.problem for entry in entries if entry.problem}
-        names = choose_photos([entry.name for entry in entries if not entry.problem], settings.per_person, settings.seed)
-    limit = min(settings.limit or len(names), len(names))
 
-    def take(slots: list[int], most: int) -> list[int]:
-        good, done = [], 0
-        while len(good) < most and done < len(slots):
-            wanted = max(most - len(good), done // 2)  # few rounds through the source, however many photos are bad
-            batch = slots[done:done + wanted]
-            jobs = (((slot, names[slot], partial(draw_face_array, settings.seed, slot, size)) for slot in batch)
-                    if source is None else read_jobs(source, entries, {names[slot]: slot for slot in batch},
-                                                     partial(decode_face, size=size, crop=settings.crop)))
-            failed = run_jobs(jobs, faces, bar)
-            skipped.update(failed)
-            good += [slot for slot in batch if names[slot] not in failed]
-            done += len(batch)
-        return good[:most]
-    with tqdm(unit="face", desc="prepare", disable=not sys.stderr.isatty()) as bar:
-        apart = choose_held_out(names, limit)
-        good, held_out = (take([slot for slot, name in enumerate(names) if (name in apart) == held], most)
-                          for held, most in ((False, limit), (True, HELD_OUT_FACES)))
-    if not good:
-        first = "".join(f": {name!a} {reason}, for one" for name, reason in list(skipped.items())[:1])
-        raise UserError(f"no usable photo in {source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders and "
-                        f"skipped {len(skipped)}{first}")
-    facts = {"source": str(source or "drawn faces"), "photos_found": len(names) if source is None else len(entries),
-             "skipped": [{"file": name, "reason": skipped[name]} for name in sorted(skipped)]}
-    return good, held_out, facts
+@dataclass(frozen=True)
+class Face:
+    """A face of the dataset: its photo, its Box there and its place in the scratch file."""
+    photo: str
+    box: Box
+    place: int
+
+    def where(self) -> dict:
+        """Its entry in the manifest."""
+        return {"photo": self.photo, "box": [round(edge, 1) for edge in self.box]}
+
+
+class Photos:
+    """The photos of a source, or drawn faces in their place: which may be taken, and what becomes of each.
+
+    `names` are in the order in which they are to be taken; `skipped` is name -> reason."""
+
+    def __init__(self, settings: PrepareSettings, scratch: Path):
+        self.settings = settings
+        self.source = None if settings.demo else find_source(settings)
+        found = walk_source(self.source, scratch) if self.source else draw_photos(settings)
+        self.entries = {entry.name: entry for entry in found}
+        self.skipped = {name: entry.problem for name, entry in self.entries.items() if entry.problem}
+        self.skipped_faces: dict[str, list[str]] = {}
+        good = [name for name, entry in self.entries.items() if not entry.problem and not entry.unread]
+        self.person = persons_of(good)
+        self.names = choose_photos(good, settings.per_person, settings.seed) if self.source else good
+
+    def decode(self, name: str) -> tuple[str, list[tuple[Box, np.ndarray]], list[str]]:
+        """(Name, faces of a photo, why others are not used). Of a photo of a person that is one face, the largest."""
+        try:
+            crop = self.settings.crop if self.source else 1.0
+            faces, refused = decode_faces(self.entries[name].read(), self.settings.size, crop)
+        except Exception as error:  # each kind of archive and compression raises its own kinds of error
+            return name, [], [one_line(error)]
+        return name, faces if self.person[name] == name else faces[:1], refused
+
+    def take(self, names: list[str], most: int, file: BinaryIO, bar: tqdm) -> list[Face]:
+        """The first `most` faces of those photos, or all there are, written to the end of a file."""
+        faces: list[Face] = []
+        for name, found, refused in on_all_cores(self.decode, names if most else []):
+            if not found:
+                self.skipped[name] = refused[0]
+            elif refused:
+                self.skipped_faces[name] = refused
+            for box, pixels in found[:most - len(faces)]:
+                faces.append(Face(name, box, file.tell() // pixels.nbytes))
+                file.write(pixels.tobytes())
+                bar.update()
+            if len(faces) == most:
+                break
+        return faces
+
+    def account(self, faces: list[Face], held_out: list[Face]) -> dict:
+        """What became of each file, for the manifest: the numbers of `files` add up to `photos_found`."""
+        used, apart = (len({face.photo for face in kind}) for kind in (faces, held_out))
+        unread = Counter(entry.unread for entry in self.entries.values() if entry.unread)
+        over = len(self.names) - used - apart - sum(name in self.skipped for name in self.names)
+        return {"source": str(self.source or "drawn faces"), "photos_found": len(self.entries),
+                "files": {"used": used, "held_out": apart, "left_by_per_person": len(self.person) - len(self.names),
+                          "left_by_limit": over, "skipped": len(self.skipped), "not_read": dict(unread)},
+                "skipped": [{"file": name, "reason": reason} for name, reason in sorted(self.skipped.items())],
+                "skipped_faces": dict(sorted(self.skipped_faces.items()))}
+
+
+def draw_photos(settings: PrepareSettings) -> Iterator[Entry]:
+    """Drawn faces in the place of photos: as many as are to be trained on, and a fifth of all to hold out."""
+    def drawn(index: int) -> bytes:
+        return png_bytes(Image.fromarray(draw_face_array(settings.seed, index, settings.size)))
+    for i in range((settings.limit or 2000) * 5 // 4):
+        yield Entry(f"drawn face {i}", partial(drawn, i))
+
+
+def unread_text(kinds: dict[str, int]) -> str:
+    """Which photos are of kinds that are not read, by suffix, and what to do; nothing if there are none."""
+    told = ", ".join(f"{kind} {count:,} ({readable_here()[1][kind]})" for kind, count in sorted(kinds.items()))
+    return f", not read {told}" if told else ""
+
+
+def collect_faces(settings: PrepareSettings, scratch: Path) -> tuple[list[Face], list[Face], dict]:
+    """Decode photos into a scratch file, which bounds memory however many there are: (faces to train on, held-out ones,
+    facts for the manifest). Where photos turn out bad, the next ones take their place."""
+    photos, limit = Photos(settings, scratch), settings.limit or sys.maxsize
+    apart = choose_held_out(photos.names, limit)
+    with (open(scratch / "faces", "wb") as file, quiet_libraries() as terminal,
+          tqdm(unit="face", desc="prepare", file=terminal, disable=not terminal.isatty()) as bar):
+        held_out = photos.take(apart, len(apart), file, bar)
+        seen = {face.photo for face in held_out} | photos.skipped.keys()
+        faces = photos.take([name for name in photos.names if name not in seen], limit, file, bar)
+    if len(held_out) < LEAST_JUDGED:  # nothing could be told from so few
+        rank = {name: i for i, name in enumerate(photos.names)}
+        faces, held_out = sorted(faces + held_out, key=lambda face: rank[face.photo])[:limit], []
+    facts = photos.account(faces, held_out)
+    if not faces:
+        first = "".join(f": {item['file']!a} {item['reason']}, for one" for item in facts["skipped"][:1])
+        raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders "
+                        f"and skipped {len(facts['skipped'])}{first}{unread_text(facts['files']['not_read'])}")
+    return faces, held_out, facts
+
+
+def read_faces(scratch: Path, faces: list[Face], size: int) -> Tensor:
+    """Faces from the scratch file, as uint8 (N, 3, size, size)."""
+    pixels = np.memmap(scratch / "faces", np.uint8, "r").reshape(-1, size, size, 3)[[face.place for face in faces]]
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def write_batches(settings: PrepareSettings, scratch: Path, kind: str, faces: list[Face]) -> list[dict]:
+    """Write faces to files named by their content, in the scratch folder; their entries in the manifest."""
+    def write(start: int) -> dict:
+        images, buffer = read_faces(scratch, faces[start:start + BATCH_FILE_FACES], settings.size), io.BytesIO()
+        torch.save(images, buffer)
+        # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
+        packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_HUFFMAN_ONLY)
+        packed = packer.compress(buffer.getbuffer()) + packer.flush()
+        digest = hashlib.sha256(packed).hexdigest()
+        name = f"{kind}-{start // BATCH_FILE_FACES:05d}-{digest[:8]}.pt.gz"
+        atomic_write(scratch / name, packed)
+        if settings.png and kind == "faces":
+            write_pngs(Path(settings.png), images, start)
+        return {"file": name, "count": len(images), "sha256": digest}
+    return list(on_all_cores(write, range(0, len(faces), BATCH_FILE_FACES)))
+
+
+def write_dataset(settings: PrepareSettings, scratch: Path) -> dict:
+    """Write the batches and the contact sheet into the scratch folder; the manifest."""
+    faces, held_out, facts = collect_faces(settings, scratch)
+    batches = write_batches(settings, scratch, "faces", faces)
+    held_out_batches = write_batches(settings, scratch, "held-out", held_out)
+    first = read_faces(scratch, faces[:100], settings.size)
+    write_grid(scratch / "faces.png", first)
+    told = not settings.demo and settings.crop != "face" and len(first) >= 20  # fewer would say nothing
+    where, held_out_where = ([face.where() for face in kind] for kind in (faces, held_out))
+    return {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size, "count": len(faces),
+            "crops_with_face": crops_with_face(first[:50]) if told else None, **facts, "settings": asdict(settings),
+            "batches": batches, "held_out": held_out_batches, "faces": where, "held_out_faces": held_out_where}
+
+
+def crops_with_face(images: Tensor) -> float | None:
+    """Share of the uint8 images (N, 3, S, S) that a face fills at least half of; None where OpenCV is not there."""
+    def filled(image: np.ndarray) -> bool:
+        enlarged = Image.fromarray(image).resize((160, 160))
+        return any(right - left >= 80 for left, _, right, _ in find_faces(enlarged))
+    try:
+        return sum(on_all_cores(filled, images.permute(0, 2, 3, 1).numpy())) / len(images)
+    except UserError:
+        return None
 
 
 def prepare(settings: PrepareSettings) -> dict:
     """Turn photos into a dataset folder and return its manifest.
 
-    The folder holds faces-NNNNN-HASH.pt.gz (gzipped uint8 tensors (n, 3, size, size), n <= 200), faces.png (the first
-    100 faces) and manifest.json. Batches are named by content and put in place first, the manifest after them: whoever
-    reads the folder sees the earlier dataset whole or the new one whole, whenever this process is killed."""
-    warnings.filterwarnings("ignore", module="PIL")  # decode_face judges what it gets by itself
-    data, size = Path(settings.data), settings.size
+    The folder holds faces-NNNNN-HASH.pt.gz (gzipped uint8 tensors (n, 3, size, size), n <= 200), held-out-… likewise,
+    faces.png (the first 100 faces) and manifest.json. Batches are named by content and put in place first, the manifest
+    after them: whoever reads the folder sees the earlier dataset whole or the new one whole, whenever this process is
+    killed."""
+    data = Path(settings.data)
+    if settings.crop == "face":
+        face_detector()  # or say at once that there is none
     check_data_folder(data)
     data.mkdir(parents=True, exist_ok=True)
     remove_orphans(data)
     scratch = data / f".gan-prepare-{os.getpid()}"
     scratch.mkdir()
     try:
-        with open(scratch / "faces", "wb") as file:
-            good, held_out, facts = collect_faces(settings, file)
-
-        def read_faces(slots: list[int]) -> Tensor:
-            with open(scratch / "faces", "rb") as file:
-                parts = [file.read(3 * size * size) for slot in slots if file.seek(slot * 3 * size * size) >= 0]
-            images = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
-            return images.view(-1, size, size, 3).permute(0, 3, 1, 2).contiguous()
-
-        def write_batch(kind: str, slots: list[int], start: int) -> dict:
-            images, buffer = read_faces(slots[start:start + BATCH_FILE_FACES]), io.BytesIO()
-            torch.save(images, buffer)
-            # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
-            packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_HUFFMAN_ONLY)
-            packed = packer.compress(buffer.getbuffer()) + packer.flush()
-            digest = hashlib.sha256(packed).hexdigest()
-            name = f"{kind}-{start // BATCH_FILE_FACES:05d}-{digest[:8]}.pt.gz"
-            atomic_write(scratch / name, packed)
-            return {"file": name, "count": len(images), "sha256": digest}
-
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            batches, held_out_batches = (
-                list(pool.map(partial(write_batch, kind, slots), range(0, len(slots), BATCH_FILE_FACES)))
-                for kind, slots in (("faces", good), ("held-out", held_out)))
-        manifest = {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": size, "count": len(good), **facts,
-                    "settings": asdict(settings), "batches": batches, "held_out": held_out_batches}
-        sheet = png_bytes(grid_image(read_faces(good[:100])))
-        fresh = [batch["file"] for batch in batches + held_out_batches]
+        manifest = write_dataset(settings, scratch)
+        fresh = [batch["file"] for batch in manifest["batches"] + manifest["held_out"]]
         for name in fresh:
             os.replace(scratch / name, data / name)
         atomic_write(data / "manifest.json", json.dumps(manifest, indent=1).encode())
-        atomic_write(data / "faces.png", sheet)
+        os.replace(scratch / "faces.png", data / "faces.png")
         for path in data.glob("*.pt.gz"):
             if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
                 path.unlink()
-        if settings.png:
-            for start in range(0, len(good), BATCH_FILE_FACES):  # bounds memory
-                write_pngs(Path(settings.png), read_faces(good[start:start + BATCH_FILE_FACES]), start)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return manifest
@@ -975,7 +1135,7 @@ class Generator(nn.Module):
         layers = [nn.ConvTranspose2d(LATENT_SIZE, channels[0], base, bias=False),  # (N, 512, 5, 5)
                   Bias(channels[0], base, base),  # or z = 0 would be the same everywhere: no face, and few near it
                   nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
-        for before, after in zip(channels, channels[1:]):  # (N, 256, 10, 10), (N, 128, 20, 20), (N, 64, 40, 40)
+        for before, after in pairwise(channels):  # (N, 256, 10, 10), (N, 128, 20, 20), (N, 64, 40, 40)
             layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
                        nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         layers += [nn.ConvTranspose2d(channels[-1], 3, 4, stride=2, padding=1, bias=False), nn.Tanh()]  # (N, 3, 80, 80)
@@ -1001,7 +1161,7 @@ class Discriminator(nn.Module):
         base, channels = stage_channels(size, width)
         channels = channels[::-1]
         layers = [nn.Conv2d(3, channels[0], 4, stride=2, padding=1, bias=False), nn.LeakyReLU(0.2)]  # (N, 64, 40, 40)
-        for before, after in zip(channels, channels[1:]):  # (N, 128, 20, 20), (N, 256, 10, 10), (N, 512, 5, 5)
+        for before, after in pairwise(channels):  # (N, 128, 20, 20), (N, 256, 10, 10), (N, 512, 5, 5)
             layers += [nn.Conv2d(before, after, 4, stride=2, padding=1, bias=False), norm(after), nn.LeakyReLU(0.2)]
         layers += [Score(channels[-1], 1, base, bias=False)]  # (N, 1, 1, 1)
         self.layers = nn.Sequential(*layers)
@@ -1014,23 +1174,23 @@ class Discriminator(nn.Module):
 
         It is written as an ordinary forward expression, from the last layer to the first, so that a loss made of it
         needs no second derivative from autograd: an update takes a tenth less time and can be captured or compiled."""
-        passed = []
+        steps: list[Callable[[Tensor], Tensor]] = []  # from the gradient by a layer's output to the one by its input
         for layer in self.layers:
-            factor = None
             if isinstance(layer, InstanceNorm):
-                x, factor = layer.normalise(x)
-            else:
-                x = layer(x)
-            passed.append((layer, x, factor))
-            x = layer.scale_and_shift(x) if factor is not None else x
-        gradient = torch.ones_like(x)
-        for layer, output, factor in reversed(passed):
+                normal, factor = layer.normalise(x)
+                x = layer.scale_and_shift(normal)
+                steps.append(partial(layer.input_gradient, normal=normal, factor=factor))
+                continue
+            x = layer(x)
             if isinstance(layer, nn.Conv2d):
-                gradient = F.conv_transpose2d(gradient, layer.weight, None, layer.stride, layer.padding)
-            elif isinstance(layer, nn.LeakyReLU):  # torch.where takes twenty times as long
-                gradient = torch.ops.aten.leaky_relu_backward(gradient, output, layer.negative_slope, True)
-            else:
-                gradient = layer.input_gradient(gradient, output, factor)
+                steps.append(partial(F.conv_transpose2d, weight=layer.weight, stride=layer.stride,
+                                     padding=layer.padding))  # type: ignore[arg-type]  # may be "same", not here
+            else:  # LeakyReLU; torch.where takes twenty times as long
+                steps.append(partial(torch.ops.aten.leaky_relu_backward, self=x, negative_slope=layer.negative_slope,
+                                     self_is_result=True))
+        gradient = torch.ones_like(x)
+        for step in reversed(steps):
+            gradient = step(gradient)
         return gradient
 
 
@@ -1143,7 +1303,7 @@ class DCGAN(Objective):
 class WGAN(Objective):
     """Wasserstein GAN with clipped weights (arXiv 1701.07875)."""
     learning_rate = 5e-5
-    afterwards = 1  # a critic cannot be too good: what it teaches gets better (the README's table)
+    afterwards = 1  # a critic cannot be too good: what it teaches gets better (tests/RESULTS.md)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.RMSprop(network.parameters(), self.learning_rate, capturable=on_gpu(network))
@@ -1170,7 +1330,7 @@ class WGANGP(WGAN):
     """Wasserstein GAN with gradient penalty (arXiv 1704.00028)."""
     norm = InstanceNorm  # BatchNorm would tie a sample's gradient to the rest of its minibatch
     constrain = Objective.constrain  # the penalty takes the place of the clipping
-    learning_rate = 4e-4  # four times the paper's: with averaging, faces are nearer to real ones (the README's table)
+    learning_rate = 4e-4  # four times the paper's: with averaging, faces are nearer to real ones (tests/RESULTS.md)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return self.adam(network, betas=(0.0, 0.999))
@@ -1284,7 +1444,7 @@ def kept_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def find_run(named: str | None) -> Path:
-    """The run folder that --run names; None: the run in runs/ that was saved last, the demo's only where it is alone."""
+    """The run folder that --run names; None: the run in runs/ that was saved last, the demo's only if alone."""
     saved = sorted(Path("runs").glob("*/last.pt"), key=lambda path: (path.parent != DEMO_RUN, path.stat().st_mtime))
     if not (named or saved):
         raise UserError("no run in runs/: train one with `gan.py train`, or name yours with --run")
@@ -1370,7 +1530,7 @@ def append_log(run: Path, line: dict) -> None:
 
 
 def draw_curves(run: Path, lines: list[dict]) -> None:
-    """Draw curves.png: accuracies, losses, the share of discriminator updates and the judge's scores over the epochs."""
+    """Draw curves.png: accuracies, losses, share of discriminator updates and the judge's scores over the epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     judged = [line for line in lines if "scores" in line]
@@ -1416,15 +1576,16 @@ def check_resumable(settings: TrainSettings, faces: TrainingFaces, state: dict, 
         raise UserError(f"{run} was begun with {', '.join(changed)}: say the same again, or name another --run")
     foreign = [f"{file['file']} was not among them" for file in faces.files if file["sha256"] not in state["faces"]]
     if foreign or len(faces.files) != len(state["faces"]):
-        raise UserError(f"the faces changed since {run} began: {Path(settings.data) / (foreign or ['manifest.json lists fewer'])[0]}. "
-                        "Prepare them again as they were, or name another --run")
+        change = Path(settings.data) / (foreign or ["manifest.json lists fewer"])[0]
+        raise UserError(f"the faces changed since {run} began: {change}. Prepare them again as they were, or name "
+                        "another --run")
 
 
 class Writer:
     """Writes a run's files in a thread of its own, in the order of asking, so that training need not wait for a disk.
 
-    After a failure nothing more is written, so that no checkpoint stands for pictures that are not there; who asks next, or
-    the end, raises it."""
+    After a failure nothing more is written, so that no checkpoint stands for pictures that are not there; who asks
+    next, or the end, raises it."""
     MOST_WAITING = 4  # then asking waits: what is to be written is in memory
 
     def __enter__(self) -> Writer:
@@ -1487,8 +1648,8 @@ def is_kept(epoch: int, every: int | None, per_doubling: int) -> bool:
 
 
 class Run:
-    """A run's folder while it is trained: its state on disk, its log, its pictures. Enter it to hold the folder; leaving
-    it waits for what is still to be written."""
+    """A run's folder while it is trained: its state on disk, its log, its pictures. Enter it to hold the folder;
+    leaving it waits for what is still to be written."""
     GRIDS_PER_DOUBLING = 35  # each epoch up to 50, then 2 % apart: some 250 of 3,000 epochs
     CHECKPOINTS_PER_DOUBLING = 1  # 1, 2, 4, 8, …
 
@@ -1542,9 +1703,10 @@ class Run:
             self.writer.finish()
             good = [epoch for epoch in kept_checkpoints(self.path) if epoch <= pair.progress.epoch]
             again = f"gan.py train --run {self.path}"
-            raise UserError(f"{problem}: stopped, {self.path / 'last.pt'} is from before. The last good kept checkpoint is "
-                            + (f"epoch {good[-1]}; go on from it with: {again} --checkpoint {good[-1]}" if good else
-                               f"none yet; last.pt is gone on from with: {again}"))
+            kept = (f"epoch {good[-1]}; go on from it with: {again} --checkpoint {good[-1]}" if good else
+                    f"none yet; last.pt is gone on from with: {again}")
+            raise UserError(f"{problem}: stopped, {self.path / 'last.pt'} is from before. The last good kept "
+                            f"checkpoint is {kept}")
 
     def record(self, pair: Pair, line: dict, best: bool) -> None:
         """Write what is due after an epoch: its line of the log, grids, curves, checkpoints."""
@@ -1699,8 +1861,8 @@ class SlicedWasserstein:
 
 
 def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Multi-scale structural similarity of uint8 images (N, 3, S, S), pair by pair, (N,); 1 for equal ones (Wang et al.,
-    2003). Of the five scales those are used at which the 11-pixel window fits, their weights scaled to a sum of 1."""
+    """Multi-scale structural similarity of uint8 images (N, 3, S, S), pair by pair, (N,); 1 for equal ones (Wang et
+    al., 2003). Of the five scales those are used at which the 11-pixel window fits, their weights scaled to sum 1."""
     offsets = torch.arange(11, device=a.device) - 5
     window = torch.exp(-offsets.square() / (2 * 1.5 ** 2))
     window = (window / window.sum()).expand(3, 1, 1, 11)
@@ -1708,7 +1870,7 @@ def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
 
     def blurred(x: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, window, groups=3), window.transpose(2, 3), groups=3)
-    a, b, result = a.float(), b.float(), 1.0
+    a, b, result = a.float(), b.float(), torch.ones(len(a), device=a.device)
     for level, weight in enumerate(weights):
         mean_a, mean_b = blurred(a), blurred(b)
         variances = blurred(a * a) + blurred(b * b) - mean_a ** 2 - mean_b ** 2
@@ -1735,8 +1897,8 @@ class Judge:
         """uint8 training faces and held-out ones. UserError where these are too few to judge by."""
         self.count, self.device = min(JUDGED_FACES, len(held_out)), device
         if self.count < LEAST_JUDGED:
-            raise UserError(f"{len(held_out)} held-out faces are too few to judge by: at least {LEAST_JUDGED} are needed, "
-                            "which prepare sets apart from 500 photos or what --limit leaves over")
+            raise UserError(f"{len(held_out)} held-out faces are too few to judge by: at least {LEAST_JUDGED} are "
+                            "needed, which prepare sets apart from 500 photos or what --limit leaves over")
         real, self.faces = held_out[:self.count].to(device), faces[:2 * JUDGED_FACES]
         self.space = FeatureSpace(self.faces.to(device))
         self.real, self.training = self.space(real), self.space(self.faces.to(device))
@@ -1819,8 +1981,9 @@ class Jury:
         if line["collapsed"] and not collapsed(self.judged[:-1]):
             path = self.run.path / f"collapse-{line['epoch']:05d}.png"
             self.run.writer.ask(write_grid, path, self.judge.most_similar(drawn))
-            say(f"the faces have collapsed (epoch {line['epoch']}: coverage {line['scores']['coverage']:.2f}, similarity "
-                f"{line['scores']['ms_ssim']:.2f}, of real ones {line['scores']['ms_ssim_real']:.2f}): look at {path}; "
+            scores = line["scores"]
+            say(f"the faces have collapsed (epoch {line['epoch']}: coverage {scores['coverage']:.2f}, similarity "
+                f"{scores['ms_ssim']:.2f}, of real ones {scores['ms_ssim_real']:.2f}): look at {path}; "
                 "best.pt is from before")
         better = line["scores"]["frechet"] < self.best
         self.best = min(self.best, line["scores"]["frechet"])
@@ -1842,8 +2005,8 @@ def judge(settings: JudgeSettings) -> int:
             data = Path(settings.data or facts["data"])
             jury = Judge(load_faces(data)[0], load_faces(data, "held_out")[0], device)
             if not settings.json:
-                say(f"{jury.count} drawn faces against as many of {data} that were held out\n"
-                    + f"{'checkpoint':14s}{'epoch':>7s}" + "".join(f"{name:>13s}" for name in SCORES))
+                say(f"{jury.count} drawn faces against as many of {data} that were held out")
+                say(f"{'checkpoint':14s}{'epoch':>7s}" + "".join(f"{name:>13s}" for name in SCORES))
         scores = jury.score(draw(generator, draw_latents(jury.count, settings.seed)))
         lines.append({"checkpoint": str(path), "epoch": facts["epoch"], **scores})
         if not settings.json:
@@ -2013,7 +2176,8 @@ class Pair:
         """What of the networks and of this epoch's losses is not a finite number; empty where all is well."""
         epoch = self.progress.epoch + 1
         for name, network in self.networks().items():
-            if not torch.stack([weight.isfinite().all() for weight in network.parameters()]).all():  # one wait, not forty
+            finite = torch.stack([weight.isfinite().all() for weight in network.parameters()])
+            if not finite.all():  # one wait for a GPU, not forty
                 return f"the weights of the {name} are not finite in epoch {epoch}"
         bad = ~torch.stack(self.rows)[:, 2:4].isfinite()
         if bad.any():
@@ -2029,7 +2193,8 @@ class Pair:
         seconds, self.rows, progress = self.progress.seconds, [], self.progress
         progress.epoch, progress.minibatch, progress.seconds = progress.epoch + 1, 0, 0.0
         return {"epoch": progress.epoch, "images_seen": progress.images_seen,
-                "discriminator_updates": progress.discriminator_updates, "generator_updates": progress.generator_updates,
+                "discriminator_updates": progress.discriminator_updates,
+                "generator_updates": progress.generator_updates,
                 **{name: None if math.isnan(mean) else round(mean, 6) for name, mean in means.items()},
                 "seconds": round(seconds, 2)}
 
@@ -2058,38 +2223,13 @@ class Pair:
             self.random.manual_seed(self.random.initial_seed() + self.progress.images_seen)
 
 
-class ProgressBar:
-    """Shows how training goes: a bar on a terminal, otherwise a line an epoch."""
-
-    def __init__(self, epochs: int, faces: TrainingFaces, pair: Pair):
-        self.epochs, self.batch_size, self.pair = epochs, faces.batch_size, pair
-        self.images = faces.minibatches * faces.batch_size  # an epoch
-        self.on_terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> ProgressBar:
-        self.bar = tqdm(total=self.epochs * self.images, initial=self.pair.progress.images_seen, unit="img",
-                        smoothing=0.05, disable=not self.on_terminal, dynamic_ncols=True)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def advance(self) -> None:
-        """Count a minibatch. The means of its epoch so far are read, for which a GPU is waited for, only as often as the
-        bar is drawn anew."""
-        if self.bar.update(self.batch_size):
-            discriminator, generator, *_, share = torch.stack(self.pair.rows).mean(0).tolist()
-            self.bar.set_description(f"epoch {self.pair.progress.epoch + 1}/{self.epochs}", refresh=False)
-            self.bar.set_postfix_str(f"acc D {discriminator:.2f} G {generator:.2f}, D trained {share:.0%}", False)
-
-    def line(self, entry: dict) -> None:
-        """Tell of a finished epoch where no bar can."""
-        if not self.on_terminal:
-            seconds = max(entry["seconds"], 0.01)
-            left = tqdm.format_interval((self.epochs - entry["epoch"]) * seconds)
-            say(f"epoch {entry['epoch']}/{self.epochs}: {self.images / seconds:.1f} img/s, {left} left, "
-                f"acc D {entry['discriminator_accuracy']:.2f} G {entry['generator_accuracy']:.2f}, "
-                f"D trained {entry['discriminator_share']:.0%}")
+def describe_epoch(line: dict, images: int, epochs: int) -> str:
+    """A line for the terminal about a finished epoch of so many images: speed, time left, and how both networks do."""
+    seconds = max(line["seconds"], 0.01)
+    left = tqdm.format_interval((epochs - line["epoch"]) * seconds)
+    return (f"epoch {line['epoch']}/{epochs}: {images / seconds:.1f} img/s, {left} left, "
+            f"acc D {line['discriminator_accuracy']:.2f} G {line['generator_accuracy']:.2f}, "
+            f"D trained {line['discriminator_share']:.0%}")
 
 
 class StopRequest:
@@ -2111,8 +2251,8 @@ class StopRequest:
 
 
 def train(settings: TrainSettings) -> int:
-    """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, 130 or 143 when
-    asked to stop, 3 when stopped by --stop-on-collapse."""
+    """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, 130 or 143 when asked to stop, 3
+    when stopped by --stop-on-collapse."""
     device = pick_device(settings.device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more of them would wait for one another
     faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device)
@@ -2125,16 +2265,16 @@ def train(settings: TrainSettings) -> int:
             return 0
         say(f"{settings.model}, {len(faces.images):,} faces of {faces.size}×{faces.size} pixels, on {device} "
             f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
-        if len(faces.images) < FEW_FACES:
-            say(f"only {len(faces.images)} faces: expect the generator to learn them by heart")
         jury = Jury(run, device)
 
-        with ProgressBar(settings.epochs, faces, pair) as bar:
+        images = faces.minibatches * faces.batch_size  # an epoch
+        with tqdm(total=settings.epochs * images, initial=progress.images_seen, unit="img", smoothing=0.05,
+                  dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
             while progress.epoch < settings.epochs and not stop.code:
                 started = time.monotonic() - progress.seconds
                 for real in faces.epoch(progress.epoch, progress.minibatch):
                     pair.train_on(real)  # measures both networks and trains the one that is behind
-                    bar.advance()
+                    bar.update(faces.batch_size)
                     progress.seconds = time.monotonic() - started
                     if stop.code:
                         break
@@ -2143,7 +2283,7 @@ def train(settings: TrainSettings) -> int:
                     line = pair.finish_epoch()
                     best = jury.consider(pair.averaged, line)  # adds scores to the line, when it is time
                     run.record(pair, line, best)
-                    bar.line(line)
+                    say(describe_epoch(line, images, settings.epochs))
                     if line.get("collapsed") and settings.stop_on_collapse:
                         stop.code = COLLAPSED
             if stop.code:
@@ -2174,7 +2314,8 @@ def film(vectors: Tensor, frames: int = 24, loop: bool = False) -> Tensor:
             legs.append(start.lerp(end, t))
         else:
             length = start.norm().lerp(end.norm(), t)
-            way = (torch.sin((1 - t) * angle) * F.normalize(start, dim=0) + torch.sin(t * angle) * F.normalize(end, dim=0))
+            a, b = F.normalize(start, dim=0), F.normalize(end, dim=0)
+            way = torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b
             legs.append(way / angle.sin() * length)
     return torch.cat([*legs, *([] if loop else [vectors[-1:]])])
 
@@ -2280,7 +2421,8 @@ def region_sliders(jacobian: Tensor, mask: Tensor, count: int = 5) -> tuple[Tens
 
 @torch.no_grad()
 def find_regions(jacobian: Tensor, size: int) -> Tensor:
-    """The face as its network divides it: (S, S), a number from 0 to 8 for each pixel, alike where pixels move together.
+    """The face as its network divides it: (S, S), a number from 0 to 8 for each pixel, the same where pixels move
+    together.
 
     k-means of what each pixel answers to latent vectors, all whose effects count the same (whitened: or the light from
     the left would be all that is found), and of its place, left or right. A start on a 3×3 grid."""
@@ -2407,9 +2549,10 @@ def read_page() -> tuple[str, str]:
     """The page gan_eval.html, and the policy that allows its one script and its one style by their SHA-256."""
     page = (Path(__file__).parent / "gan_eval.html").read_text("utf-8")
     script, style = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in
-                     re.search(r"<style>(.*?)</style>.*<script>(.*?)</script>", page, re.S).group(2, 1))
-    return page, f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; base-uri 'none'; " \
-                 "form-action 'none'; img-src 'self' blob: data:"
+                     re.search(r"<style>(.*?)</style>.*<script>(.*?)</script>", page, re.DOTALL).group(2, 1))
+    policy = (f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; base-uri 'none'; "
+              "form-action 'none'; img-src 'self' blob: data:")
+    return page, policy
 
 
 def export_page(generator: Generator, facts: dict, directions: list[dict]) -> bytes:
@@ -2422,7 +2565,7 @@ def export_page(generator: Generator, facts: dict, directions: list[dict]) -> by
 
 
 def export_onnx(generator: Generator, facts: dict) -> bytes:
-    """The generator for other programs, `z` (N, 128) -> `face` (N, 3, S, S); compared with ours before it is returned."""
+    """The generator for other programs, `z` (N, 128) -> `face` (N, 3, S, S). UserError where it draws other faces."""
     try:
         import onnx
         from onnx import helper, numpy_helper, reference
@@ -2465,8 +2608,8 @@ def read_names(run: Path) -> dict[str, Tensor]:
 
 
 def describe_directions(run: Path, vectors: Tensor, strengths: Tensor) -> list[dict]:
-    """Directions as plain types: vector, strength in grey levels, and what a person called it, if anything. A name stays
-    with what becomes of a direction by further training: with one that is nearly parallel."""
+    """Directions as plain types: vector, strength in grey levels, and what a person called it, if anything. A name
+    stays with what becomes of a direction by further training: with one that is nearly parallel."""
     named = read_names(run)
     return [{"vector": tidy(vector), "strength": round(strength, 3),
              "name": next((name for name, known in named.items() if known @ vector > 0.9), "")}
@@ -2533,7 +2676,7 @@ def numbers(found, count: int, low: float, high: float) -> Tensor:
         raise BadRequest(400, f"values: {count} numbers are wanted")
     for i, number in enumerate(found):
         if type(number) not in (int, float) or not low <= number <= high:
-            raise BadRequest(400, f"value {i} is no number from {low:g} to {high:g}: {ascii(str(number)[:20])}")
+            raise BadRequest(400, f"value {i} is no number from {low:g} to {high:g}: {str(number)[:20]!a}")
     return torch.tensor(found, dtype=torch.float32)
 
 
@@ -2551,7 +2694,7 @@ def whole(low: int, high: int, default: int | None = None) -> Callable:
     def parse(value, size: int) -> int:
         text = str(default if value is None else value)
         if not re.fullmatch(r"\d{1,4}", text, re.ASCII) or not low <= int(text) <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}, not {ascii(text[:20])}")
+            raise ValueError(f"must be a whole number from {low} to {high}, not {text[:20]!a}")
         return int(text)
     return parse
 
@@ -2675,7 +2818,8 @@ class Renderer:
                 while self.waiting and self.waiting[0][0] is generator and len(group) < self.MOST_AT_ONCE:
                     group.append(self.waiting.popleft())
             try:
-                for image, (_, _, future) in zip(pictures(draw(generator, torch.tensor([z for _, z, _ in group]))), group):
+                images = pictures(draw(generator, torch.tensor([z for _, z, _ in group])))
+                for image, (_, _, future) in zip(images, group):
                     future.set_result(image)
             except Exception as error:  # handed on to the threads that asked, which answer with a 500
                 for _, _, future in group:
@@ -2705,8 +2849,9 @@ def describe_sliders(jacobian: Tensor, mask: Tensor) -> list[dict]:
     found = []
     for vector, inside, outside in zip(*region_sliders(jacobian, mask)):
         if len(found) < 3 or inside ** 2 >= 3 * outside ** 2:
-            found.append({"vector": tidy(vector), "inside": round(inside.item(), 3), "outside": round(outside.item(), 3),
-                          "reach": round(min(8.0, max(2.0, 45 / max(inside.item(), 0.01))), 1)})
+            reach = min(8.0, max(2.0, 45 / max(inside.item(), 0.01)))
+            found.append({"vector": tidy(vector), "inside": round(inside.item(), 3),
+                          "outside": round(outside.item(), 3), "reach": round(reach, 1)})
     return found
 
 
@@ -2754,7 +2899,7 @@ class Site:
                 raise BadRequest(404, "no such page: the README lists those that there are")
             for name, values in query.items():
                 if len(values) > 1:
-                    raise BadRequest(400, f"{ascii(name[:20])} is given {len(values)} times")
+                    raise BadRequest(400, f"{name[:20]!a} is given {len(values)} times")
             asked = {name: values[0] for name, values in query.items()}
             if method == "POST":
                 asked |= {"photo": body} if "photo" in found.fields else read_json(body)
@@ -2768,7 +2913,7 @@ class Site:
         if "checkpoint" in asked:
             path = self.checkpoints().get(asked["checkpoint"]) if isinstance(asked["checkpoint"], str) else None
             if path is None:
-                raise BadRequest(404, f"no checkpoint {ascii(str(asked['checkpoint'])[:20])}: see /api/model")
+                raise BadRequest(404, f"no checkpoint {str(asked['checkpoint'])[:20]!a}: see /api/model")
         model, values = self.load(path), {}
         for name, parse in found.fields.items():
             try:
@@ -2805,8 +2950,8 @@ class Site:
         listed = [{"name": name, "epoch": epoch, "best": name == "best", "scores": scores.get(epoch)}
                   for name, epoch in epochs.items()]
         default = next(name for name, path in self.checkpoints().items() if path == self.default_path)
-        return {"run": str(self.run), "model": model.facts["model"], "latent_size": LATENT_SIZE, "image_size": model.size,
-                "checkpoints": listed, "default": default, "directions": [],
+        return {"run": str(self.run), "model": model.facts["model"], "latent_size": LATENT_SIZE,
+                "image_size": model.size, "checkpoints": listed, "default": default, "directions": [],
                 "dataset": read_manifest(Path(model.facts["data"])) is not None,
                 "opencv": importlib.util.find_spec("cv2") is not None}
 
@@ -3070,7 +3215,7 @@ class Server:
         try:
             return self.site.respond(request.method, request.target, body)
         except Exception as error:  # a fault of ours: no details to the client, one line for the operator
-            print(f"gan.py: {request.method} {ascii(request.target[:80])} failed: {type(error).__name__}: "
+            print(f"gan.py: {request.method} {request.target[:80]!a} failed: {type(error).__name__}: "
                   f"{one_line(error)}", file=sys.stderr)
             return BadRequest(500, "the server failed at this; its terminal says why").response
 
@@ -3105,7 +3250,7 @@ def serve(settings: EvalSettings) -> int:
         if settings.host not in ("127.0.0.1", "localhost", "::1"):
             say(f"warning: anyone who can reach {settings.host} can use this server")
         model = site.load(site.default_path)
-        server.heavy.submit(jacobian, model.generator, torch.zeros(LATENT_SIZE))  # the first takes torch some seconds more
+        server.heavy.submit(jacobian, model.generator, torch.zeros(LATENT_SIZE))  # the first takes torch longer
         say(f"faces of {site.default_path} (epoch {model.facts['epoch']}) at {server.url} (Ctrl-C ends)")
         server.serve_forever()
     return 0
@@ -3115,21 +3260,28 @@ def serve(settings: EvalSettings) -> int:
 # Command line: one function a command
 # ================================================================================================
 
+FATES = {"used": "used", "held_out": "held out", "left_by_per_person": "left by --per-person",
+         "left_by_limit": "left by --limit", "skipped": "skipped"}  # of photos, in the manifest and in words
+
+
 def command_prepare(settings: PrepareSettings) -> int:
     """photos -> dataset"""
     started = time.monotonic()
     if settings.demo + settings.download + (settings.dataset is not None) > 1:
         raise UserError("--dataset, --download and --demo exclude each other: choose one")
     manifest = prepare(settings)
-    skipped = manifest["skipped"]
+    skipped, files, seconds = manifest["skipped"], manifest["files"], time.monotonic() - started
     for item in skipped[:10]:
         say(f"skipped {ascii(item['file'])[1:-1]}: {item['reason']}")
     if len(skipped) > 10:
         say(f"... and {len(skipped) - 10} more, all in {settings.data}/manifest.json")
     held_out = sum(batch["count"] for batch in manifest["held_out"])
-    say(f"{manifest['count']:,} faces of {manifest['photos_found']:,} photos found, {held_out:,} more held out for the "
-        f"judge, {len(skipped)} skipped, in {settings.data} ({time.monotonic() - started:.1f} s); look at "
-        f"{settings.data}/faces.png, then `gan.py train`")
+    say(f"{manifest['count']:,} faces and {held_out:,} more held out for the judge, in {settings.data} ({seconds:.1f} s, "
+        f"{(manifest['count'] + held_out) / seconds:,.0f} a second); look at {settings.data}/faces.png, then `gan.py train`")
+    told = "".join(f", {files[key]:,} {words}" for key, words in FATES.items() if files[key])
+    say(f"{manifest['photos_found']:,} photos found{told.replace(',', ':', 1)}{unread_text(files['not_read'])}")
+    if (manifest["crops_with_face"] or 1) < 0.5:
+        say(f"warning: {manifest['crops_with_face']:.0%} of the first crops show a face: --crop face looks for them")
     if manifest["count"] < FEW_FACES:
         say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES} the generator learns them by heart")
     return 0
@@ -3139,14 +3291,16 @@ def command_invert(settings: InvertSettings) -> int:
     """photo -> latent vector and face"""
     generator, facts = load_generator(find_checkpoint(find_run(settings.run), settings.checkpoint), torch.device("cpu"))
     try:
-        image, _ = open_photo(read_file(settings.photo))
+        image, _ = open_photo(Path(settings.photo).read_bytes())
     except ValueError as error:
         raise UserError(f"{settings.photo} cannot be used: {one_line(error)}") from None
     size, boxes = facts["image_size"], find_faces(image)
     if not boxes:
         raise UserError(f"no face found in {settings.photo}: the page of `gan.py eval` lets you show where it is")
     target = to_face(torch.from_numpy(np.array(cut_face(image, boxes[0], size)))).permute(2, 0, 1)
-    for step, (z, distance) in enumerate(fits(generator, target, face_weights(size)), 1):
+    z = torch.zeros(LATENT_SIZE)
+    for step, (better, distance) in enumerate(fits(generator, target, face_weights(size)), 1):
+        z = better
         say(f"step {step}: {distance:.1f} grey levels from the photo")
     written = (json.dumps(tidy(z)).encode() if settings.out.endswith(".json")
                else png_bytes(pictures(draw(generator, z[None]))[0]))
@@ -3183,14 +3337,15 @@ def command_demo(settings: DemoSettings) -> int:
     return code or serve(EvalSettings(run=run, port=settings.port))
 
 
-COMMANDS = {"prepare": (PrepareSettings, command_prepare, "turn photos into a dataset"),
-            "train": (TrainSettings, train, "train a GAN; the same command goes on where it stopped"),
-            "judge": (JudgeSettings, judge, "measure how near a run's faces are to real ones"),
-            "generate": (GenerateSettings, generate, "draw faces into PNG files"),
-            "invert": (InvertSettings, command_invert, "find the face that a network draws most like a photo's"),
-            "export": (ExportSettings, command_export, "write the network into one file to give away"),
-            "eval": (EvalSettings, serve, "make faces with sliders in the browser"),
-            "demo": (DemoSettings, command_demo, "try it all on drawn faces, in a few minutes")}
+COMMANDS: dict[str, tuple[type, Callable, str]] = {
+    "prepare": (PrepareSettings, command_prepare, "turn photos into a dataset"),
+    "train": (TrainSettings, train, "train a GAN; the same command goes on where it stopped"),
+    "judge": (JudgeSettings, judge, "measure how near a run's faces are to real ones"),
+    "generate": (GenerateSettings, generate, "draw faces into PNG files"),
+    "invert": (InvertSettings, command_invert, "find the face that a network draws most like a photo's"),
+    "export": (ExportSettings, command_export, "write the network into one file to give away"),
+    "eval": (EvalSettings, serve, "make faces with sliders in the browser"),
+    "demo": (DemoSettings, command_demo, "try it all on drawn faces, in a few minutes")}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -3223,7 +3378,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 success, 1 failure, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a file's name may be more than the terminal can show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be more than the terminal can show
     arguments = vars(make_parser().parse_args(argv))
     declaration, command, _ = COMMANDS[arguments.pop("command")]
     try:

@@ -1,4 +1,4 @@
-"""What each recipe is worth:  python tests/ablation.py --data data --out ablation [--recipes "plain;1:1"] [--images 60000]
+"""What each recipe is worth:  python tests/ablation.py --data data --out DIR [--recipes "plain;1:1"] [--images 60000]
 
 Trains WGAN-GP with each recipe and seed for the same number of images, as many runs at a time as there are cores, one
 core each, and judges 1,000 faces of the last weights and of weights averaged in several ways against the held-out ones.
@@ -118,7 +118,7 @@ def lazy_penalty(every: int):
 
 
 def normalised_z():
-    """Latent vectors scaled to the length that most have, √128: those with many numbers near 0 draw faces like others."""
+    """Latent vectors scaled to the length that most have, √128: those with many numbers near 0 draw faces like any."""
     forward = gan.Generator.forward
     gan.Generator.forward = lambda self, z: forward(self, z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8))
 
@@ -155,7 +155,7 @@ def r3gan(gamma: float):
 
         def penalty(self, discriminator, real, fake, mix):
             gradient = discriminator.input_gradient(torch.cat((real, fake)))
-            return gamma * gan.at_least_float32(gradient).flatten(1).square().sum(1).mean()  # γ/2 of each of both halves
+            return gamma * gan.at_least_float32(gradient).flatten(1).square().sum(1).mean()  # γ/2 of either half
         gan.WGANGP.optimizer, gan.WGANGP.discriminator_loss, gan.WGANGP.penalty = optimizer, discriminator_loss, penalty
         gan.WGANGP.generator_loss = lambda self, fake: F.softplus(scores["real"] - fake).mean()
     return patch
@@ -171,7 +171,8 @@ def balance(chooses):
 def smoothed(self, discriminator_accuracy, generator_accuracy, memory=0.9):
     """The accuracy rule on running means, a minibatch at a time."""
     before = getattr(self, "means", (discriminator_accuracy, generator_accuracy))
-    self.means = [memory * old + (1 - memory) * new for old, new in zip(before, (discriminator_accuracy, generator_accuracy))]
+    measured = discriminator_accuracy, generator_accuracy
+    self.means = [memory * old + (1 - memory) * new for old, new in zip(before, measured)]
     return "discriminator" if self.means[1] / 2 >= self.means[0] else "generator"
 
 
@@ -223,8 +224,9 @@ def run_one(data: Path, folder: Path, recipe: str, seed: int, images: int, width
         patch()
     faces, held_out = gan.load_faces(data)[0], gan.load_faces(data, "held_out")[0]
     epochs = max(1, round(images / len(faces)))
-    if gan.train(gan.TrainSettings(data=str(data), run=str(folder), seed=seed, epochs=epochs, device="cpu", sample_every=10,
-                                   judge_every=20, save_every=20, keep_every=10**6, width=width, **settings)):
+    if gan.train(gan.TrainSettings(data=str(data), run=str(folder), seed=seed, epochs=epochs, device="cpu",
+                                   sample_every=10, judge_every=20, save_every=20, keep_every=10**6, width=width,
+                                   **settings)):
         raise SystemExit("stopped")
     state, judge, scores = gan.read_checkpoint(folder / "last.pt"), gan.Judge(faces, held_out, torch.device("cpu")), {}
     z = gan.draw_latents(judge.count, 99)
@@ -254,8 +256,8 @@ def table(out: Path) -> None:
         row = json.loads(path.read_text())
         for weights, scores in row["scores"].items():
             rows.setdefault((row["faces"], row["images"] // 1000, row["recipe"], weights), []).append((row, scores))
-    print(f"{'faces':>6s} {'k seen':>6s} {'recipe':22s} {'weights':14s} {'frechet':>14s} {'swd':>14s} {'coverage':>12s} "
-          f"{'recall':>12s} {'precision':>12s} {'D':>5s} {'s':>5s}")
+    print(f"{'faces':>6s} {'k seen':>6s} {'recipe':22s} {'weights':14s} {'frechet':>14s} {'swd':>14s} "
+          f"{'coverage':>12s} {'recall':>12s} {'precision':>12s} {'D':>5s} {'s':>5s}")
     for (faces, images, recipe, weights), found in sorted(rows.items()):
         cells = [", ".join(f"{scores[name]:.{digits}f}" for _, scores in found)
                  for name, digits in (("frechet", 1), ("swd", 1), ("coverage", 2), ("recall", 2), ("precision", 2))]

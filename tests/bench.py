@@ -56,7 +56,8 @@ def summary(seconds: dict[str, list[float]], items: int, unit: str) -> dict:
     found = {name: {f"{unit} a second": round(statistics.median(values), 1),
                     "spread": [round(values[0], 1), round(values[-1], 1)]} for name, values in rates.items()}
     ratios = sorted(plain / ours for plain, ours in zip(*seconds.values(), strict=True))
-    return found | {"ratio": round(statistics.median(ratios), 2), "ratio's spread": [round(ratios[0], 2), round(ratios[-1], 2)]}
+    return found | {"ratio": round(statistics.median(ratios), 2),
+                    "ratio's spread": [round(ratios[0], 2), round(ratios[-1], 2)]}
 
 
 # ---- train ----
@@ -90,8 +91,8 @@ class ScriptedReference(reference.Reference):
 
 
 def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the fastest of forty products of 2048×2048 matrices; half of them written as convolutions, which on some
-    processors another library multiplies, and faster."""
+    """FLOP/s of the fastest of forty products of 2048×2048 matrices; half of them written as convolutions, which on
+    some processors another library multiplies, and faster."""
     a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
     image = a.view(1, 32, 64, 2048).permute(0, 3, 1, 2)  # channels last: the same memory
     best = 0.0
@@ -131,12 +132,14 @@ def bench_train(options) -> dict:
         for _ in TURNS:
             warm_up.train_on(on_cpu)
     dtype = torch.bfloat16 if pair.precision == "bf16" else torch.float32
-    found = {"model": options.model, "precision": pair.precision, "threads": torch.get_num_threads(), "torch": torch.__version__,
+    found = {"model": options.model, "precision": pair.precision, "threads": torch.get_num_threads(),
+             "torch": torch.__version__,
              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     seconds = alternate({"plain": plain_cycle, "gan.py": fast_cycle}, options.rounds)
     found |= summary(seconds, 20 * len(TURNS), "images")
     speed, peak = counter.get_total_flops() / statistics.median(seconds["gan.py"]), matrix_peak(dtype, device)
-    found |= {"GFLOP/s": round(speed / 1e9), "matrix peak GFLOP/s": round(peak / 1e9), "share of peak": round(speed / peak, 2)}
+    found |= {"GFLOP/s": round(speed / 1e9), "matrix peak GFLOP/s": round(peak / 1e9),
+              "share of peak": round(speed / peak, 2)}
     if device.type == "cuda":
         found["peak device MiB of both"] = torch.cuda.max_memory_allocated() >> 20
     return found | whole_training(options)
@@ -181,8 +184,8 @@ def whole_training(options) -> dict:
 
 def numbers_printed(code: str, *arguments) -> list[float]:
     """The numbers that a Python process prints at its end, each in a line of its own (PEAK: KiB, on Linux)."""
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
+                          check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return [float(line) for line in done.stdout.splitlines() if line.replace(".", "", 1).isdigit()]
 
 
@@ -200,7 +203,7 @@ def bench_prepare(options) -> dict:
         settings = gan.PrepareSettings(dataset=str(photos), data=f"{folder}/ours", limit=options.photos, per_person=0)
         manifest = gan.prepare(settings)
         count = manifest["count"] + sum(batch["count"] for batch in manifest["held_out"])
-        contents = [entry.read() for entry in islice(gan.walk_source(Path(photos)), count)]
+        contents = [entry.read() for entry in islice(gan.walk_source(Path(photos), Path(folder)), count)]
 
         def plain() -> None:
             faces = []
@@ -381,8 +384,9 @@ def main() -> int:
         command = commands.add_parser(name)
         command.add_argument("--rounds", type=int, default=5)
         command.add_argument("--json", action="store_true", help="one JSON object on standard output")
-        command.add_argument("--data", type=Path, help={"train": "a dataset written by prepare (default: drawn faces)",
-                                                        "prepare": "photos (default: drawn ones)", "studio": "the run's dataset"}.get(name, "not used"))
+        source = {"train": "a dataset written by prepare (default: drawn faces)",
+                  "prepare": "photos (default: drawn ones)", "studio": "the run's dataset"}.get(name, "not used")
+        command.add_argument("--data", type=Path, help=source)
         if name == "train":
             command.add_argument("--model", choices=list(gan.OBJECTIVES), default="WGAN-GP")
             command.add_argument("--precision", default="auto")

@@ -41,7 +41,8 @@ sys.exit(gan.main(sys.argv[1:]))
 """
 
 
-def train(data: Path, run: Path, model: str, *, die_at_write: int | None = None, die_after: float | None = None) -> bool:
+def train(data: Path, run: Path, model: str, *, die_at_write: int | None = None,
+          die_after: float | None = None) -> bool:
     """Train to epoch 40; returns whether the process was killed."""
     code = [str(ROOT / "gan.py")] if die_at_write is None else ["-c", DYING, str(die_at_write)]
     command = [sys.executable, *code, "train", "--data", str(data), "--run", str(run), "--model", model,

@@ -1,6 +1,8 @@
 """The accuracy-balanced loop written plainly: float32, contiguous memory, the library's own norms and unfused
 optimizers, a forward pass to measure and another to train, backward through everything. It is the oracle that gan.py's
 fast path is compared with, and the baseline of the benchmarks. Nothing here is imported from gan.py."""
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
@@ -26,7 +28,7 @@ def generator(size: int = 80, width: int = 64) -> nn.Sequential:
     base, channels = stages(size, width)
     layers = [nn.Unflatten(1, (128, 1, 1)), nn.ConvTranspose2d(128, channels[0], base, bias=False),
               Plus(channels[0], base, base)]
-    for before, after in zip(channels, channels[1:] + [3]):
+    for before, after in pairwise([*channels, 3]):
         layers += [nn.BatchNorm2d(before), nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)]
     return nn.Sequential(*layers, nn.Tanh())
 
@@ -38,7 +40,7 @@ def discriminator(model: str, size: int = 80, width: int = 64) -> nn.Sequential:
         layers += [nn.Conv2d(before, after, 4, 2, 1, bias=False)]
         if before != 3:
             layers += [nn.InstanceNorm2d(after, affine=True) if model == "WGAN-GP" else nn.BatchNorm2d(after)]
-        layers, before = layers + [nn.LeakyReLU(0.2)], after
+        layers, before = [*layers, nn.LeakyReLU(0.2)], after
     return nn.Sequential(*layers, nn.Conv2d(before, 1, base, bias=False), nn.Flatten(0))
 
 

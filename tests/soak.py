@@ -73,8 +73,9 @@ WHICH = ["../x", "/etc/passwd", "epoch-00002.pt", "-1", "2e0", "9" * 30, "", "%0
 METHODS = ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "get", "G@T", "GET\0"]
 VERSIONS = ["HTTP/0.9", "HTTP/2.0", "HTTP/1.1.1", "HTTP/", "http/1.1", "HTTP/1.x", "HTTP/-1.1", "HTTP/1.1 y", ""]
 LENGTHS = ["-1", "1_0", "9" * 50, "99999", "1e3", " ", "0x10", "\xb2", "5, 5"]
-HEADERS = ["Transfer-Encoding: chunked", "Host: 127.0.0.1", "no colon", ": x", "A" * 40_000 + ": b", "Expect: 100-continue",
-           " folded", "\0: \0", "Connection: \x7f"] + [f"Content-Length: {length}" for length in LENGTHS]
+HEADERS = ["Transfer-Encoding: chunked", "Host: 127.0.0.1", "no colon", ": x", "A" * 40_000 + ": b",
+           "Expect: 100-continue", " folded", "\0: \0", "Connection: \x7f"]
+HEADERS += [f"Content-Length: {length}" for length in LENGTHS]
 
 
 STUDIO = ["faces", "directions/name", "regions", "region", "paint", "photo", "invert", "neighbours", "film"]
@@ -110,7 +111,8 @@ def bad_request(rng: random.Random, port: int) -> bytes:
     if kind == 2:
         return request(port, one(METHODS), one(["/", "/generate", path]), body=junk(30))
     if kind == 3:
-        return request(port, host=one(["evil.example", "127.0.0.1", f"127.0.0.1:{port ^ 1}", ":", "[", f"a@127.0.0.1:{port}"]))
+        hosts = ["evil.example", "127.0.0.1", f"127.0.0.1:{port ^ 1}", ":", "[", f"a@127.0.0.1:{port}"]
+        return request(port, host=one(hosts))
     if kind == 4:
         lines = rng.choices(HEADERS, k=3) + ["a: b"] * rng.choice([0, 0, 200])
         return request(port, rng.choice(["GET", "POST"]), "/", *lines, body=junk(30))
@@ -147,7 +149,8 @@ def bombard(port: int, count: int) -> tuple[list[int], int]:
 
 def make_run(folder: Path) -> Path:
     """A run at the full size of a face: one epoch on a few drawn ones."""
-    for line in ("prepare --demo --data data --size 80 --limit 20", "train --data data --run run --epochs 1 --width 64 --device cpu"):
+    for line in ("prepare --demo --data data --size 80 --limit 20",
+                 "train --data data --run run --epochs 1 --width 64 --device cpu"):
         subprocess.run([sys.executable, GAN, *line.split()], cwd=folder, check=True, capture_output=True)
     return folder / "run"
 
@@ -236,40 +239,43 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
     seconds = parser.parse_args().seconds
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would hand on that it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & would hand on that it is ignored
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "stderr", "w+") as errors:
-        server = subprocess.Popen([sys.executable, GAN, "eval", "--run", make_run(Path(folder)), "--port", "0"], text=True,
-                                  stdout=subprocess.PIPE, stderr=errors)
+        server = subprocess.Popen([sys.executable, GAN, "eval", "--run", make_run(Path(folder)), "--port", "0"],
+                                  text=True, stdout=subprocess.PIPE, stderr=errors)
         try:
             port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", server.stdout.readline())[1])
             start = time.monotonic()
             found, hangs = bombard(port, 10_000)
             faults = sum(status >= 500 for status in found)
-            print(f"10,000 bad requests   {faults} answered 5xx, {hangs} hung, {time.monotonic() - start:.0f} s", flush=True)
+            print(f"10,000 bad requests   {faults} answered 5xx, {hangs} hung, {time.monotonic() - start:.0f} s",
+                  flush=True)
 
             crowd(port, 64, min(10, seconds))  # threads and buffers that stay are no growth
             memory, latencies, lost = [memory_mib(server)], [], 0
             for _ in range(2):
                 times, failed = crowd(port, 64, seconds / 2)
                 latencies, lost, memory = latencies + times, lost + failed, [*memory, memory_mib(server)]
-            print(f"64 clients, {seconds:g} s      {len(latencies)} served, {lost} lost, {len(latencies) / seconds:.0f} faces/s, "
-                  f"{ms(latencies)}")
-            print("  its resident memory ", " -> ".join(f"{one:.0f}" for one in memory) + " MiB (before, at half time, after)"
-                  if all(memory) else "n/a", flush=True)
+            print(f"64 clients, {seconds:g} s      {len(latencies)} served, {lost} lost, "
+                  f"{len(latencies) / seconds:.0f} faces/s, {ms(latencies)}")
+            print("  its resident memory ", " -> ".join(f"{one:.0f}" for one in memory)
+                  + " MiB (before, at half time, after)" if all(memory) else "n/a", flush=True)
 
             alone, lost_alone = faces(port, 0, lambda asked: asked < 300)
             with SlowClients(port, 200) as slow:
                 end = time.monotonic() + max(seconds / 3, 12)  # so long that slow ones are cut off and come again
                 beside, lost_beside = faces(port, 0, lambda _: time.monotonic() < end)
             print(f"one fast client       {len(alone)} served, {lost_alone} lost, {ms(alone)}")
-            print(f"  and 200 slow ones   {len(beside)} served, {lost_beside} lost, {ms(beside)}; {slow.cut_off} slow ones cut off")
+            print(f"  and 200 slow ones   {len(beside)} served, {lost_beside} lost, {ms(beside)}; "
+                  f"{slow.cut_off} slow ones cut off")
             server.send_signal(signal.SIGINT)
             code = server.wait(PATIENCE)
         finally:
             server.kill()
         errors.seek(0)
         lines = errors.read().splitlines()
-    print(f"the server            printed {len(lines)} error lines, ended with exit code {code}", *lines[:5], sep="\n  ")
+    print(f"the server            printed {len(lines)} error lines, ended with exit code {code}", *lines[:5],
+          sep="\n  ")
     return int(bool(faults or hangs or lost or lost_alone or lost_beside or lines or code != 130))
 
 

@@ -53,7 +53,8 @@ def test_a_fixed_rule_ignores_accuracies(updates):
 @pytest.mark.parametrize("before", range(8))
 def test_going_on_from_a_saved_state_changes_nothing(arguments, before):
     """Wherever the state is saved and restored, the decisions are those of an unbroken run."""
-    measured = [(0.9, 0.1), (0.1, 0.9), (0.9, 0.1), (0.2, 0.8), (0.9, 0.1), (0.9, 0.1), (0.9, 0.1), (0.1, 0.3), (0.9, 0.2)]
+    measured = [(0.9, 0.1), (0.1, 0.9), (0.9, 0.1), (0.2, 0.8), (0.9, 0.1), (0.9, 0.1), (0.9, 0.1), (0.1, 0.3),
+                (0.9, 0.2)]
     whole, first = gan.Balance(*arguments), gan.Balance(*arguments)
     expected = [whole.choose(*pair) for pair in measured]
     turns = [first.choose(*pair) for pair in measured[:before]]

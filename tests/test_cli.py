@@ -1,9 +1,8 @@
-"""The command line as a user meets it: real processes, one-line errors, and a README that tells the truth."""
+"""The command line as a user meets it: real processes, and one-line errors."""
 import ast
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,13 +14,12 @@ from conftest import ROOT, run_gan
 
 import gan
 
-README = (ROOT / "README.md").read_text("utf-8")
 DECLARATIONS = [declaration for declaration, _, _ in gan.COMMANDS.values()]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="interrupts the training with a POSIX signal")
 def test_from_photos_to_a_face_in_the_browser(tmp_path):
-    """prepare → train → interrupted → gone on with → generate → eval, with nothing but defaults where there are some."""
+    """prepare → train → interrupted → gone on with → generate → eval, with defaults where there are some."""
     prepared = run_gan("prepare", "--demo", "--size", 32, "--limit", 60, cwd=tmp_path)
     assert prepared.returncode == 0 and "60 faces" in prepared.stdout and "warning: 60 faces are few" in prepared.stdout
 
@@ -55,14 +53,20 @@ def test_from_photos_to_a_face_in_the_browser(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), [
-    (["train", "--epohcs", "3"], 2, "unrecognized arguments: --epohcs"), (["train", "--epochs", "0"], 2, "--epochs: 0 is not from 1"),
-    (["train", "--epochs", "many"], 2, "'many' is not a whole number"), (["train", "--model", "VAE"], 2, "none of DCGAN, WGAN, WGAN-GP"),
-    (["train", "--balance", "sometimes"], 2, "'sometimes' is neither accuracy nor half nor a whole number"), (["train", "--epoch", "3"], 2, "unrecognized"),
+    (["train", "--epohcs", "3"], 2, "unrecognized arguments: --epohcs"),
+    (["train", "--epochs", "0"], 2, "--epochs: 0 is not from 1"),
+    (["train", "--epochs", "many"], 2, "'many' is not a whole number"),
+    (["train", "--model", "VAE"], 2, "none of DCGAN, WGAN, WGAN-GP"),
+    (["train", "--balance", "sometimes"], 2, "'sometimes' is neither accuracy nor half nor a whole number"),
+    (["train", "--epoch", "3"], 2, "unrecognized"),
     (["prepare", "--size", "81"], 2, "none of 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256"),
-    (["prepare", "--crop", "nan"], 2, "nan is not from 0.05 to 1"), (["prepare", "--demo", "--download"], 1, "choose one"),
-    (["generate", "--min-abs", "9"], 2, "9 is not from 0.0 to 3.0"), ([], 2, "required: command"), (["fly"], 2, "invalid choice"),
+    (["prepare", "--crop", "nan"], 2, "nan is not from 0.05 to 1"),
+    (["prepare", "--demo", "--download"], 1, "choose one"),
+    (["generate", "--min-abs", "9"], 2, "9 is not from 0.0 to 3.0"),
+    ([], 2, "required: command"), (["fly"], 2, "invalid choice"),
     (["train"], 1, "no dataset in data: make one with `gan.py prepare`"), (["generate"], 1, "no run in runs/"),
-    (["eval", "--run", "nowhere"], 1, "no run in nowhere"), (["train", "--device", "cuda"], 1, "--device cuda is not available")])
+    (["eval", "--run", "nowhere"], 1, "no run in nowhere"),
+    (["train", "--device", "cuda"], 1, "--device cuda is not available")])
 def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, code, words):
     """What is wrong, in which flag or file, and what to do; 2 for bad usage, 1 for failure; nothing is written."""
     monkeypatch.chdir(tmp_path)
@@ -84,8 +88,8 @@ def test_case_of_a_model_does_not_matter(flags):
 
 def test_a_fault_of_ours_is_not_hidden(monkeypatch):
     """Only what a user can cause becomes one line; a bug keeps its traceback."""
-    monkeypatch.setitem(gan.COMMANDS, "train", (gan.TrainSettings, lambda _: [][0], ""))
-    with pytest.raises(IndexError):
+    monkeypatch.setitem(gan.COMMANDS, "train", (gan.TrainSettings, lambda _: 1 // 0, ""))
+    with pytest.raises(ZeroDivisionError):
         gan.main(["train"])
 
 
@@ -109,7 +113,8 @@ def test_every_setting_has_help_and_a_range(capsys):
 
 def test_import_does_nothing(tmp_path):
     """No folder is made, no device is probed, matplotlib and kagglehub are not loaded."""
-    code = "import sys, gan; print([m for m in ('matplotlib', 'kagglehub') if m in sys.modules], gan.torch.cuda.is_initialized())"
+    code = ("import sys, gan; print([m for m in ('matplotlib', 'kagglehub') if m in sys.modules], "
+            "gan.torch.cuda.is_initialized())")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, timeout=100)
     assert (done.stdout, done.stderr, list(tmp_path.iterdir())) == ("[] False\n", "", [])
@@ -117,26 +122,7 @@ def test_import_does_nothing(tmp_path):
 
 def test_inline_metadata_lists_the_requirements():
     """`uv run gan.py` installs what requirements.txt does (PEP 723)."""
-    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", (ROOT / "gan.py").read_text("utf-8"))["content"]
-    dependencies = ast.literal_eval(re.search(r"dependencies = (\[.*?\])", block.replace("\n#", ""), re.S)[1])
+    source = (ROOT / "gan.py").read_text("utf-8")
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", source)["content"]
+    dependencies = ast.literal_eval(re.search(r"dependencies = (\[.*?\])", block.replace("\n#", ""), re.DOTALL)[1])
     assert dependencies == (ROOT / "requirements.txt").read_text().split()
-
-
-def readme_commands() -> list[list[str]]:
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
-    parts = [part for line in lines for part in line.split("#")[0].split("&&")]
-    return [shlex.split(part)[2:] for part in parts if re.match(r"\s*(\.venv/bin/)?python gan\.py ", part)]
-
-
-def test_the_readmes_commands_are_understood():
-    """Each gan.py command in the README parses, and each command of gan.py is shown there."""
-    commands = readme_commands()
-    assert {command[0] for command in commands} == set(gan.COMMANDS)
-    for command in commands:
-        gan.make_parser().parse_args(command)
-
-
-def test_the_readmes_files_exist():
-    """Pictures and files that the README links to."""
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
-        assert (ROOT / target).exists(), target

@@ -15,6 +15,7 @@ import threading
 import types
 import zipfile
 import zlib
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -84,6 +85,12 @@ def prepared(source: Path | None, data: Path, **changes) -> dict:
     return gan.prepare(gan.PrepareSettings(dataset=source, data=str(data), size=32, crop=1.0, **changes))
 
 
+def decoded(data: bytes, size: int, crop: float) -> np.ndarray:
+    """The one face of a photo whose share `crop` is kept."""
+    (_, face), = gan.decode_faces(data, size, crop)[0]
+    return face
+
+
 def seen(data: Path) -> list[int]:
     """The numbers of the photos in a dataset, in its order."""
     return [int(red) + 256 * int(green) for red, green in gan.load_faces(data)[0][:, :2, 16, 16]]
@@ -128,14 +135,136 @@ def test_every_kind_of_source_gives_the_same_bytes(tmp_path, source, prefix):
     path = pack(tmp_path / source, {prefix + name: files[name] for name in reversed(files)})
     manifest = prepared(path.parent if path.parent.name == "kaggle" else path, tmp_path / "data")
     assert manifest["batches"] == expected["batches"] and manifest["skipped"] == [] and manifest["photos_found"] == 15
-    assert sorted(seen(tmp_path / "data")) == [10 * p + n for p in range(5) for n in range(2)]
+    assert sorted(seen(tmp_path / "data")) == [10 * p + n for p in range(5) for n in range(3)]
 
 
 def test_a_flat_folder_holds_no_persons(tmp_path):
-    """A flat folder keeps all its photos: the same bytes as those photos in folders with --per-person 0."""
-    folders = prepared(pack(tmp_path / "folders", PEOPLE), tmp_path / "a", per_person=0)
-    flat = prepared(pack(tmp_path / "flat", {n.replace("/", "-"): d for n, d in PEOPLE.items()}), tmp_path / "b")
-    assert folders["batches"] == flat["batches"] and flat["count"] == 15
+    """A flat folder keeps all its photos whatever --per-person says; of folders it keeps so many of each."""
+    counts = [prepared(pack(tmp_path / name, files), tmp_path / "data", per_person=1)["count"] for name, files in
+              [("folders", PEOPLE), ("flat", {name.replace("/", "-"): data for name, data in PEOPLE.items()})]]
+    assert counts == [5, 15]
+
+
+def folders(names) -> Counter:
+    """How many of the names lie in each folder."""
+    return Counter(name.rpartition("/")[0] for name in names)
+
+
+def divided(names: list[str], limit: int, per_person: int = 0) -> tuple[list[str], list[str]]:
+    """(Names to train on, names that are held out) of a source in which every photo is good."""
+    names = gan.choose_photos(names, per_person, 0)
+    apart = gan.choose_held_out(names, limit or len(names))
+    return [name for name in names if name not in set(apart)][:limit or None], apart
+
+
+def ranges(count: int, *names: str) -> list[str]:
+    """So many photos in each folder."""
+    return [f"{name}/{i:05}.jpg" for name in names for i in range(count)]
+
+
+def test_classes_are_taken_from_alike():
+    """train/ and test/ of 1,500 photos: 2,000 to train on and 1,000 held out, or with --limit 0 2,400 and 600."""
+    for limit, training, held_out in [(2000, 1000, 500), (0, 1200, 300)]:
+        parts = divided(ranges(1500, "train", "test"), limit)
+        assert [folders(part) for part in parts] == [{"train": n, "test": n} for n in (training, held_out)]
+        assert len({*parts[0], *parts[1]}) == 3000  # nothing is lost
+
+
+def test_classes_of_different_sizes():
+    """Training takes as many of each while there are any; what is held out is the same share of each."""
+    parts = divided(ranges(6000, "a") + ranges(1200, "b"), 2000)
+    assert [folders(part) for part in parts] == [{"a": 1000, "b": 1000}, {"a": 833, "b": 167}]
+
+
+def test_ranges_of_numbers_are_taken_from_alike():
+    """70 folders of 1,000: 2,000 to train on and 1,000 held out, as many of each folder, not its first ones by name."""
+    parts = divided(ranges(1000, *(f"{i:05}" for i in range(0, 70_000, 1000))), 2000)
+    assert [len(part) for part in parts] == [2000, 1000] and not set(parts[0]) & set(parts[1])
+    assert all(set(folders(part).values()) <= {few, few + 1} for part, few in zip(parts, (28, 14), strict=True))
+    numbers = [int(name[-9:-4]) for part in parts for name in part]
+    assert 450 < np.mean(numbers) < 550 and len(set(numbers)) > 900
+
+
+def test_a_large_flat_folder():
+    """23,707 photos with --limit 0: 22,707 to train on and 1,000 held out."""
+    names = [f"{i}.jpg" for i in range(23_707)]
+    assert [len(part) for part in divided(names, 0)] == [22_707, 1000]
+
+
+def test_persons_give_two_photos_each():
+    """Folders of 1 to 530: 2,000 of at most two a person, the first by name, the order and choice of `--per-person 2`."""
+    sizes = [1] * 4069 + [2] * 779 + [3] * 291 + [5] * 400 + [20] * 208 + [236, 530]
+    names = [f"p{p:04}/{i:04}.jpg" for p, size in enumerate(sizes) for i in range(size)]
+    training, apart = divided(names, 2000)
+    assert max(folders(training).values()) == 2 and all(name[6:10] in ("0000", "0001") for name in training)
+    assert (training, apart) == divided(names, 2000, per_person=2) and (len(training), len(apart)) == (2000, 1000)
+    assert max(folders(apart).values()) == 1 and not folders(training).keys() & folders(apart).keys()
+
+
+def test_few_persons_of_many_photos_are_held_out_by_photos():
+    """Of 20 persons with 100 photos each the judge sees all; of 200 with 10 each it sees strangers."""
+    for persons, strangers in [(20, False), (200, True)]:
+        training, apart = divided(ranges(2000 // persons, *(f"p{i}" for i in range(persons))), 0)
+        assert (len(training), len(apart)) == (1600, 400)
+        assert (not folders(training).keys() & folders(apart).keys()) == strangers
+
+
+LAYOUTS = {  # files, limit -> how many of each folder are trained on and held out
+    "classes": (ranges(150, "train", "test"), 200, {"train": 100, "test": 100}, {"train": 50, "test": 50}),
+    "all of classes": (ranges(300, "train", "test"), 0, {"train": 240, "test": 240}, {"train": 60, "test": 60}),
+    "ranges": (ranges(30, *"abcdefghij"), 190, dict.fromkeys("abcdefghij", 19), dict.fromkeys("abcdefghij", 11)),
+    "flat": (ranges(510, "a"), 0, {"a": 408}, {"a": 102})}
+
+
+@pytest.mark.parametrize("kind", ["photos", "a.zip", "a.tar", "a.tgz"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_in_every_kind_of_source(tmp_path, layout, kind):
+    """The faces of the dataset and the photos that the manifest names are those of the layout's table."""
+    names, limit, *expected = LAYOUTS[layout]
+    files = {name: photo(i) for i, name in enumerate(names)}
+    manifest = prepared(pack(tmp_path / kind, files), tmp_path / "data", limit=limit)
+    for key, part, wanted in zip(("faces", "held_out_faces"), ("batches", "held_out"), expected, strict=True):
+        photos = [face["photo"] for face in manifest[key]]
+        red, green = gan.load_faces(tmp_path / "data", part)[0][:, :2, 16, 16].int().T
+        assert folders(photos) == wanted and (red + 256 * green).tolist() == [names.index(name) for name in photos]
+
+
+def test_a_folder_is_read_in_the_order_of_names(tmp_path):
+    """Subfolders too, whatever order the system lists them in."""
+    pack(tmp_path / "photos", {f"{name}/{i}.png": photo(i) for name in "hbkacfjdgeilm" for i in (1, 0)})
+    names = [entry.name for entry in gan.walk_source(tmp_path / "photos", tmp_path)]
+    assert names == sorted(names) and len(names) == 26
+
+
+@pytest.fixture
+def no_heif(monkeypatch):
+    """As on a machine without pillow-heif and with a Pillow that has no AVIF."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(gan.features, "check", lambda feature: False)
+    gan.readable_here.cache_clear()
+    yield
+    gan.readable_here.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["photos", "a.zip", "a.tgz"])
+def test_every_file_is_accounted_for(tmp_path, capsys, no_heif, kind):
+    """Used, held out, left by --per-person and by --limit, skipped, not read: each is what it says, and they add up."""
+    allowed = {f"p{p:03}/{i}.png": b"bad" if p % 10 == i else photo(p) for p in range(700) for i in range(2)}
+    unread = {f"p{p:03}/{p}.{kind}": b"?" for p, kind in enumerate(["heic", "HEIC", "avif", "dng"])}
+    files = allowed | unread | {f"p{p:03}/2.png": photo(p) for p in range(700)} | {"x.png": b"", "notes.txt": b"no photo"}
+    source, data = pack(tmp_path / kind, files), tmp_path / "data"
+    assert gan.main(["prepare", "--dataset", str(source), "--data", str(data), "--size", "32", "--crop", "1",
+                     "--per-person", "2", "--limit", "200"]) == 0
+    manifest = json.loads((data / "manifest.json").read_text())
+    used, apart = ({face["photo"] for face in manifest[kind]} for kind in ("faces", "held_out_faces"))
+    bad = {name for name in reasons(manifest) if files[name] == b"bad"}
+    assert manifest["files"] == {"used": len(used), "held_out": len(apart), "left_by_per_person": 700, "left_by_limit": len(
+        allowed.keys() - used - apart - bad), "skipped": len(bad) + 1, "not_read": {".heic": 2, ".avif": 1, ".dng": 1}}
+    assert len(used) == 200 and len(apart) > 900 and len(bad) > 50 and used | apart | bad < allowed.keys()
+    line = capsys.readouterr().out.splitlines()[-2].replace(",", "")
+    found, *parts = map(int, re.findall(r"(?<![.\w])(\d+)(?= |$)", line))
+    assert found == sum(parts) == len(files) - 1 == manifest["photos_found"]
+    assert ".heic 2 (pip install pillow-heif)" in line
 
 
 @given(st.lists(st.tuples(st.sampled_from("ABC"), st.integers(0, 9))), st.integers(0, 3), st.integers(0, 99))
@@ -185,7 +314,7 @@ def test_archive_of_100_000_entries(tmp_path):
     good = pack(tmp_path / "good.tar", PEOPLE).read_bytes()
     (tmp_path / "a.tar").write_bytes(b"".join(empty) + good)
     manifest = prepared(tmp_path / "a.tar", tmp_path / "data")
-    assert (manifest["count"], manifest["photos_found"], len(manifest["skipped"])) == (10, 100_015, 100_000)
+    assert (manifest["count"], manifest["photos_found"], len(manifest["skipped"])) == (15, 100_015, 100_000)
     assert set(reasons(manifest).values()) == {"is empty"}
 
 
@@ -206,7 +335,7 @@ def test_crop_of_known_pictures(width, height, crop, box):
     """A pixel of the face shows the place in the photo that the crop's geometry says, found on a ramp of its coordinates."""
     assert gan.crop_box(width, height, crop) == box
     rows, columns = np.mgrid[:height, :width].astype(np.uint8)
-    face = gan.decode_face(encoded(Image.fromarray(np.dstack([columns, rows, rows]))), 32, crop).astype(float)
+    face = decoded(encoded(Image.fromarray(np.dstack([columns, rows, rows]))), 32, crop).astype(float)
     place = (np.arange(32) + 0.5) * (box[2] - box[0]) / 32 - 0.5  # of the centres of the face's pixels
     inner = slice(3, -3)  # at the ends of the ramp the filter has nothing to look at
     assert np.abs(face[:, inner, 0] - box[0] - place[inner]).max() <= 1
@@ -225,7 +354,7 @@ def test_exif_orientation(value, row0, column0):
     stored = stored[:, ::-1] if column0 in ("bottom", "right") else stored
     exif = Image.Exif()
     exif[0x0112] = value
-    face = gan.decode_face(encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif), 32, 1.0)
+    face = decoded(encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif), 32, 1.0)
     assert face[::31, ::31].tolist() == [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]]
 
 
@@ -260,7 +389,7 @@ COLOURS |= {f"16-bit grey {value}": (grey16(value), (grey,) * 3)
 @pytest.mark.parametrize("kind", COLOURS)
 def test_every_mode_becomes_the_right_rgb(kind):
     """Grey, palette, alpha, CMYK, 16-bit and animated (first frame) photos keep their colour within 2 of 255."""
-    face = gan.decode_face(COLOURS[kind][0], 32, 0.5)
+    face = decoded(COLOURS[kind][0], 32, 0.5)
     assert face.shape == (32, 32, 3) and face.dtype == np.uint8
     assert np.abs(face.astype(int) - COLOURS[kind][1]).max() <= 2
 
@@ -269,10 +398,10 @@ def test_every_mode_becomes_the_right_rgb(kind):
 def test_truncated_photo_is_never_half_a_face(format):
     """A photo cut at any of 40 lengths either fails or gives the whole face."""
     data = encoded(noise(), format)
-    whole = gan.decode_face(data, 32, 1.0)
+    whole = decoded(data, 32, 1.0)
     for length in np.linspace(0, len(data) - 1, 40, dtype=int):
         try:
-            assert np.array_equal(gan.decode_face(data[:length], 32, 1.0), whole), f"{length} of {len(data)} bytes"
+            assert np.array_equal(decoded(data[:length], 32, 1.0), whole), f"{length} of {len(data)} bytes"
         except (OSError, ValueError, SyntaxError, IndexError, struct.error):
             continue
 
@@ -423,7 +552,7 @@ def test_manifest_tells_all(tmp_path):
     assert manifest == json.loads((data / "manifest.json").read_text()) == prepared(source, data, seed=3)
     assert (manifest["count"], manifest["source"], manifest["photos_found"]) == (405, str(source), 406)
     assert manifest["settings"] == {"dataset": str(source), "demo": False, "download": False, "data": str(data), "size": 32,
-                                    "crop": 1.0, "per_person": 2, "limit": 2000, "seed": 3, "png": None}
+                                    "crop": 1.0, "per_person": 0, "limit": 2000, "seed": 3, "png": None}
     assert [batch["count"] for batch in manifest["batches"]] == [200, 200, 5] and list(reasons(manifest)) == ["bad.png"]
     packed = [(data / batch["file"]).read_bytes() for batch in manifest["batches"]]
     assert [hashlib.sha256(p).hexdigest() for p in packed] == [batch["sha256"] for batch in manifest["batches"]]
@@ -477,9 +606,9 @@ def test_full_disk_at_every_step(tmp_path, earlier, capsys, monkeypatch):
         monkeypatch.setattr(os, "replace", replace)
         assert "No space left" in error_line(capsys, *arguments) and not list(earlier.glob(".gan-*"))
         faces = gan.load_faces(earlier)[0]
-        assert torch.equal(faces, old) or failing == 3 and len(faces) == 10
+        assert torch.equal(faces, old) or failing == 3 and len(faces) == 15
     monkeypatch.undo()
-    assert gan.main(arguments) == 0 and len(gan.load_faces(earlier)[0]) == 10 and only_ours(earlier)
+    assert gan.main(arguments) == 0 and len(gan.load_faces(earlier)[0]) == 15 and only_ours(earlier)
 
 
 KILLER = """
@@ -517,19 +646,19 @@ def test_sigkill_before_every_file_operation(tmp_path, earlier):
     assert len(counts) >= 10 and counts == sorted(counts, reverse=True) and set(counts) == {64, 3}
     assert len(gan.load_faces(earlier)[0]) == 64 and not only_ours(earlier)  # killed just before the new one stood
     prepared(pack(tmp_path / "photos", PEOPLE), earlier)
-    assert len(seen(earlier)) == 10 and only_ours(earlier)
+    assert len(seen(earlier)) == 15 and only_ours(earlier)
 
 
 def test_ctrl_c_cleans_up(tmp_path, earlier, monkeypatch):
     """Ctrl-C while photos are decoded ends with code 130; the folder is as it was, without scratch files."""
     before, source, face = listing(earlier), pack(tmp_path / "photos", PEOPLE), np.zeros((32, 32, 3), np.uint8)
-    decoded = iter([face] * 3)
+    left = iter([face] * 3)
 
-    def decode(*_, **__):
-        if (found := next(decoded, None)) is None:
+    def decode(*_):
+        if (found := next(left, None)) is None:
             raise KeyboardInterrupt
-        return found
-    monkeypatch.setattr(gan, "decode_face", decode)
+        return [((0, 0, 32, 32), found)], []
+    monkeypatch.setattr(gan, "decode_faces", decode)
     assert gan.main(["prepare", "--dataset", str(source), "--data", str(earlier), "--size", "32"]) == 130
     assert listing(earlier) == before
 
@@ -545,7 +674,7 @@ def test_damaged_file_is_named_and_prepare_mends_it(tmp_path, earlier, capsys, f
     line = error_line(capsys, "train", "--data", earlier, "--run", tmp_path / "run")
     assert str(path if "*" in file else earlier) in line and "prepare" in line
     prepared(pack(tmp_path / "photos", PEOPLE), earlier)
-    assert len(seen(earlier)) == 10 and only_ours(earlier)
+    assert len(seen(earlier)) == 15 and only_ours(earlier)
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-2, 300) | st.floats() | st.text(max_size=5), max_leaves=3,
@@ -625,5 +754,5 @@ def test_download_through_the_real_kagglehub(tmp_path, monkeypatch):
         monkeypatch.setitem(environment._env_to_endpoint, environment.get_env(), f"http://127.0.0.1:{server.server_port}")
         first, again = (prepared(None, tmp_path / "data", download=True) for _ in range(2))
         server.shutdown()
-    assert first == again and sorted(seen(tmp_path / "data")) == [10 * p + n for p in range(5) for n in range(2)]
+    assert first == again and sorted(seen(tmp_path / "data")) == [10 * p + n for p in range(5) for n in range(3)]
     assert asked == [(name, "atulanandjha", "lfwpeople") for name in ("GetDataset", "DownloadDataset", "GetDataset")]

@@ -1,4 +1,4 @@
-"""The house rules of gan.py that a reader relies on: the map at its top is true, arrows point upward, functions are small."""
+"""The house rules of gan.py that a reader relies on: a true map at its top, arrows upward, small functions."""
 import ast
 import re
 
@@ -33,7 +33,8 @@ def arrows_downward(source: str) -> set[tuple[str, str]]:
 
     def visit(node: ast.AST, own: frozenset) -> None:
         if isinstance(node, ast.FunctionDef):
-            own |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+            names = [name for name in ast.walk(node) if isinstance(name, ast.Name)]
+            own |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
             own |= {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}
         if isinstance(node, ast.Name) and node.id not in own and owners.get(node.id, 0) > room(node.lineno):
             found.add((banners[room(node.lineno)], node.id))
@@ -57,7 +58,8 @@ def test_the_map_at_the_top_is_the_banners_in_their_order():
 def test_rooms_use_only_what_stands_above_them():
     """And a use of what stands below is seen."""
     assert arrows_downward(SOURCE) == set()
-    wrong = f"{RULE}\n# A: one\n{RULE}\ndef a(x: B) -> B:\n    return B(x)\n{RULE}\n# C: two\n{RULE}\nclass B:\n    pass\n"
+    wrong = (f"{RULE}\n# A: one\n{RULE}\ndef a(x: B) -> B:\n    return B(x)\n"
+             f"{RULE}\n# C: two\n{RULE}\nclass B:\n    pass\n")
     assert arrows_downward(wrong) == {("A", "B")}
 
 

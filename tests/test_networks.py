@@ -44,7 +44,8 @@ def test_channels_are_capped_at_eight_widths():
 @pytest.mark.parametrize(("model", "norm"), [("DCGAN", torch.nn.BatchNorm2d), ("WGAN", torch.nn.BatchNorm2d),
                                              ("WGAN-GP", gan.InstanceNorm)])
 def test_weights_are_those_of_the_plain_networks(model, norm):
-    """Same number of layers and weights as the plain reference; no biases but the norms' and that of places, no norm on the first layer."""
+    """Same number of layers and weights as the plain reference; no biases but the norms' and that of places, no norm
+    on the first layer."""
     assert gan.OBJECTIVES[model].norm is norm
     for ours, plain in ((gan.Generator(80, 8), reference.generator(80, 8)),
                         (gan.Discriminator(80, 8, norm), reference.discriminator(model, 80, 8))):
@@ -89,12 +90,13 @@ def test_the_discriminators_input_gradient_is_autograds():
     gradient = critic.input_gradient(faces)
     assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-12)
     weights = list(critic.parameters())
-    for a, b in zip(*(torch.autograd.grad(g.flatten(1).norm(dim=1).sum(), weights) for g in (gradient, expected)), strict=True):
+    seconds = (torch.autograd.grad(g.flatten(1).norm(dim=1).sum(), weights) for g in (gradient, expected))
+    for a, b in zip(*seconds, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_initial_weights_depend_on_the_seed_alone():
-    """The same seed gives the same weights whatever was drawn before, another one others; no one else's numbers change."""
+    """The same seed gives the same weights whatever was drawn before, another one others; nobody's numbers change."""
     torch.manual_seed(7)
     first, expected = gan.seeded(1, gan.Generator, 32, 4), torch.rand(1, generator=torch.Generator().manual_seed(7))
     assert torch.rand(1) == expected
@@ -104,7 +106,7 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 def test_the_first_penalties_are_moderate():
-    """A critic that begins with huge gradients hardly learns for a thousand updates: DCGAN's N(0, 0.02) gave 645 here."""
+    """A critic that begins with huge gradients hardly learns for a thousand updates: DCGAN's N(0, 0.02) gave 645."""
     faces = torch.from_numpy(gan.np.stack([gan.draw_face_array(0, i, 80) for i in range(20)])).permute(0, 3, 1, 2)
     pair = gan.Pair(gan.TrainSettings(width=16, balance=1000), 80, torch.device("cpu"))
     penalty = dict(zip(gan.COLUMNS, pair.train_on(gan.to_face(faces)), strict=True))["gradient_penalty"]

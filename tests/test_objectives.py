@@ -53,7 +53,7 @@ def test_penalty_of_a_linear_critic(penalty):
     slope /= slope.norm()
     real, fake, mix = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8), torch.rand(5)
     values = [penalty(Linear(factor * slope), real, fake, mix).item() for factor in (1.0, 3.0, 0.5)]
-    right = all(math.isclose(value, expected, abs_tol=1e-4) for value, expected in zip(values, (0, 40, 2.5), strict=True))
+    right = values == pytest.approx([0, 40, 2.5], abs=1e-4)
     assert right == (penalty is not wrong_penalty)
 
 

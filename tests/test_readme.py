@@ -29,7 +29,7 @@ NOT_RUN = {  # a command that begins with this -> why no test runs it
     ".venv/bin/pip install": "installs over the network; .ci/run does it",
     "pip install": "installs over the network",
     ".venv/bin/python -m pytest": "is what is running now; .ci/run takes it from here",
-    "python gan.py prepare --download": "fetches 200 MB from Kaggle; test_dataset.py stands in for Kaggle",
+    "python gan.py prepare --download": "fetches photos from Kaggle; test_dataset.py stands in for Kaggle",
     "python gan.py invert": "wants a photo of someone; test_studio.py makes one up",
     "fidelity": "downloads a network of its own"}
 

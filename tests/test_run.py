@@ -6,13 +6,16 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
+from itertools import pairwise
 
 import pytest
 import torch
 
 import gan
 
-STATE = {"version": gan.CHECKPOINT_FORMAT, "settings": {"width": 4}, "progress": {"images_seen": 10, "epoch": 1}, "weights": torch.arange(500.0)}
+STATE = {"version": gan.CHECKPOINT_FORMAT, "settings": {"width": 4},
+         "progress": {"images_seen": 10, "epoch": 1}, "weights": torch.arange(500.0)}
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def test_checkpoint_round_trip(checkpoint):
 def test_every_truncation_is_told(checkpoint):
     """Cut at any length, empty included."""
     data = checkpoint.read_bytes()
-    for length in [*range(0, 70), *range(70, len(data), 97), *range(len(data) - 130, len(data))]:
+    for length in [*range(70), *range(70, len(data), 97), *range(len(data) - 130, len(data))]:
         checkpoint.write_bytes(data[:length])
         with pytest.raises(gan.UserError, match="last.pt is damaged"):
             gan.read_checkpoint(checkpoint)
@@ -154,10 +157,8 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, ca
         return real(*arguments)
 
     monkeypatch.setattr(gan.os, call, dying)
-    try:
+    with suppress(Killed):
         gan.save_last(tmp_path, STATE | {"progress": {"images_seen": 3, "epoch": 0}})
-    except Killed:
-        pass
     monkeypatch.undo()
     assert gan.checkpoint_to_go_on_from(tmp_path, None)[1]["progress"]["images_seen"] in (2, 3)
     gan.remove_orphans(tmp_path)
@@ -191,8 +192,9 @@ def test_a_second_training_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
     """The refusal names the process; the lock of a killed process blocks nobody."""
     code = ("import gan, pathlib, sys\nwith gan.locked(pathlib.Path(sys.argv[1])):\n"
             "    print('locked', flush=True)\n    sys.stdin.read()")
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              env=os.environ | {"PYTHONPATH": os.path.dirname(gan.__file__)}, text=True)
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHONPATH": os.path.dirname(gan.__file__)})
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(gan.UserError, match=f"trained by process {holder.pid}"), gan.locked(tmp_path):
         pass
@@ -227,17 +229,18 @@ def test_only_our_own_orphans_are_removed(tmp_path):
 def test_curves_are_drawn_without_a_display(tmp_path, monkeypatch):
     """And with missing values, which a minibatch without a discriminator update has."""
     monkeypatch.delenv("DISPLAY", raising=False)
-    line = {name: 0.5 for name in gan.COLUMNS} | {"epoch": 1, "gradient_penalty": None}
+    line = dict.fromkeys(gan.COLUMNS, 0.5) | {"epoch": 1, "gradient_penalty": None}
     gan.draw_curves(tmp_path, [line, line | {"epoch": 2}])
     with gan.Image.open(tmp_path / "curves.png") as image:
         assert image.width >= 800 and len(image.convert("RGB").getcolors(10**6)) > 10
 
 
 def test_files_of_a_long_run_thin_out():
-    """Grids: every epoch up to 50, then about 2 % apart, some 250 of 3,000; checkpoints: powers of two; or every so many."""
+    """Grids: every epoch up to 50, then about 2 % apart, some 250 of 3,000; checkpoints: powers of two; or every so
+    many."""
     grids = [epoch for epoch in range(1, 3001) if gan.is_kept(epoch, None, gan.Run.GRIDS_PER_DOUBLING)]
     assert grids[:50] == list(range(1, 51)) and 240 <= len(grids) <= 260
-    assert all(later - earlier <= 1 + earlier / 50 for earlier, later in zip(grids, grids[1:]))
+    assert all(later - earlier <= 1 + earlier / 50 for earlier, later in pairwise(grids))
     kept = [epoch for epoch in range(1, 3001) if gan.is_kept(epoch, None, gan.Run.CHECKPOINTS_PER_DOUBLING)]
     assert kept == [2 ** power for power in range(12)]
     assert [epoch for epoch in range(1, 100) if gan.is_kept(epoch, 30, 1)] == [30, 60, 90]

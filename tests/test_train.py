@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def precision(request):
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize(("precision", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-3)], indirect=["precision"])
+@pytest.mark.parametrize(("precision", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-3)],
+                         indirect=["precision"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("turn", ["discriminator", "generator"])
 def test_one_update_is_the_references(model, turn, precision, bound):
@@ -60,7 +62,8 @@ def test_one_update_is_the_references(model, turn, precision, bound):
     pair = gan.Pair(settings("", "", model=model, width=8, balance=1, precision="fp32"), 32, CPU)
     plain = reference.Reference(model, 32, 8)
     plain.copy_weights(pair.generator, pair.discriminator)
-    start = {name: [weight.detach().clone() for weight in network.parameters()] for name, network in pair.networks().items()}
+    start = {name: [weight.detach().clone() for weight in network.parameters()]
+             for name, network in pair.networks().items()}
     real = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     draws = torch.Generator()
     draws.set_state(pair.random.get_state())
@@ -87,7 +90,8 @@ def test_one_update_is_the_references(model, turn, precision, bound):
 def test_bf16_goes_the_way_of_float32(model, turn):
     """Scores and losses are float32 in both, and an update's gradient points the same way: cosine above 0.99. The
     discriminator of a real run has an offset in its scores, which in bf16 would drown the differences."""
-    pairs = [gan.Pair(settings("", "", model=model, width=16, balance=1, precision=name), 48, CPU) for name in ("fp32", "bf16")]
+    pairs = [gan.Pair(settings("", "", model=model, width=16, balance=1, precision=name), 48, CPU)
+             for name in ("fp32", "bf16")]
     for pair in pairs:
         pair.balance.discriminator_left = int(turn == "discriminator")
     real = torch.rand(20, 3, 48, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -116,7 +120,8 @@ def test_bf16_where_the_processor_has_it(monkeypatch, flags, expected):
     assert pick("auto", CPU) == "fp32"
 
 
-@pytest.mark.parametrize(("quota", "expected"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("oops", 8)])
+@pytest.mark.parametrize(("quota", "expected"), [
+    ("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("oops", 8)])
 def test_cores_are_those_a_container_grants(monkeypatch, quota, expected):
     """The quota of cgroup 2, at least one; without one, the cores that the process is bound to."""
     monkeypatch.setattr(gan.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
@@ -218,7 +223,7 @@ def test_recorded_steps_do_what_plain_ones_do(model, precision):
     """A pair whose steps are recorded after some minibatches stays bit-identical to one whose steps are not: nothing
     that a step needs is outside the memory that it always reads."""
     plain, recorded = (gan.Pair(settings("", "", model=model, width=8, precision=precision), 32, CPU) for _ in range(2))
-    plain.balance, recorded.balance = gan.Balance(1), gan.Balance(1)  # each network in turn, later by accuracy: all steps
+    plain.balance, recorded.balance = gan.Balance(1), gan.Balance(1)  # each in turn, later by accuracy: all steps
     faces = torch.Generator().manual_seed(3)
     recorder = Recorder()
     for minibatch in range(25):
@@ -257,7 +262,8 @@ def test_averaged_generator_has_the_half_life_it_says(images_seen, half_lives):
 
 
 @pytest.mark.parametrize(("model", "enough", "share"), [
-    ("DCGAN", 0.0, 0), ("WGAN", 0.0, 0.5), ("WGAN-GP", 0.0, 0.5), ("DCGAN", 1.1, 1), ("WGAN", 1.1, 1), ("WGAN-GP", 1.1, 1)])
+    ("DCGAN", 0.0, 0), ("WGAN", 0.0, 0.5), ("WGAN-GP", 0.0, 0.5),
+    ("DCGAN", 1.1, 1), ("WGAN", 1.1, 1), ("WGAN-GP", 1.1, 1)])
 def test_training_balances_by_the_rule_of_its_gan(dataset, tmp_path, monkeypatch, model, enough, share):
     """A discriminator that is never behind trains after each update of the generator where it is a critic, else never;
     one that is always behind trains on every minibatch."""
@@ -305,17 +311,16 @@ def unbroken(request, dataset, tmp_path_factory):
 @pytest.mark.parametrize(("moment", "times"), [("rename", (1, 3, 5, 8, 9, 10, 11)), ("fsync", (2, 7, 12, 15)),
                                                ("log", (1, 2)), ("update", (1, 5, 7, 12)), ("grid", (2, 3, 4)),
                                                ("file", (2, 3, 4, 5, 6, 7))])
-def test_killed_at_any_moment_and_gone_on_with_is_as_never_killed(unbroken, dataset, tmp_path, monkeypatch, moment, times):
+def test_killed_at_any_moment_and_gone_on_with_is_as_never_killed(unbroken, dataset, tmp_path, monkeypatch, moment,
+                                                                  times):
     """Killed several times over, in the middle of what it writes: bit-identical weights, states, log and pictures."""
     model, expected = unbroken
     run = tmp_path / "run"
     for nth in times:
         with monkeypatch.context() as patch:
             die_at(patch, moment, nth)
-            try:
+            with suppress(Killed):
                 gan.train(settings(dataset, run, model=model))
-            except Killed:
-                pass
     assert gan.train(settings(dataset, run, model=model)) == 0
     assert same(outcome(run), expected)
     assert not list(run.rglob(".gan-*"))
@@ -345,7 +350,8 @@ def test_a_real_signal_to_a_real_process(dataset, tmp_path, number, code):
     """A training process that is signalled after its first epoch exits with the code of the signal, saved."""
     command = [sys.executable, gan.__file__, "train", "--data", dataset, "--run", "run", "--width", "4",
                "--epochs", "100000", "--save-every", "100000", "--device", "cpu"]
-    with subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
         for line in process.stdout:
             if line.startswith("epoch 1/"):
                 process.send_signal(number)
@@ -376,7 +382,8 @@ def test_the_run_folder_holds_what_is_promised(trained, dataset):
     assert [(line["epoch"], line["images_seen"]) for line in log] == [(e, 64 * e) for e in (1, 2, 3, 4)]
     for line in log:
         assert line["discriminator_updates"] + line["generator_updates"] == line["images_seen"] // 16
-        assert all(0 <= line[name] <= 1 for name in ("discriminator_accuracy", "generator_accuracy", "discriminator_share"))
+        assert all(0 <= line[f"{name}_accuracy"] <= 1 for name in ("discriminator", "generator"))
+        assert 0 <= line["discriminator_share"] <= 1
     assert log[-1]["discriminator_updates"] == pytest.approx(4 * sum(line["discriminator_share"] for line in log))
     config = json.loads((trained / "config.json").read_text())
     assert config["settings"]["width"] == 4 and config["image_size"] == 32
@@ -406,7 +413,8 @@ def test_an_epoch_can_be_begun_at_any_minibatch(dataset):
     """The rest of an epoch is what it would have been; epochs, seeds and the rest that fills no minibatch differ."""
     faces = gan.TrainingFaces(dataset, 10, 0, CPU)
     whole = list(faces.epoch(3))
-    assert len(whole) == faces.minibatches == 6 and whole[0].shape == (10, 3, 32, 32) and whole[0].dtype == torch.float32
+    assert len(whole) == faces.minibatches == 6
+    assert whole[0].shape == (10, 3, 32, 32) and whole[0].dtype == torch.float32
     assert same(list(faces.epoch(3, 4)), whole[4:]) and list(faces.epoch(3, 6)) == []
 
     def seen(epoch: int) -> set[bytes]:
@@ -422,8 +430,10 @@ def test_no_more_epochs_than_are_done(trained, dataset, capsys):
     assert "has 4 epochs already: ask for more with --epochs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("change", "words"), [({"width": 8}, "--width 4 (now 8)"), ({"model": "DCGAN"}, "--model WGAN-GP"),
-                                               ({"seed": 1}, "--seed 0 (now 1)"), ({"batch_size": 8}, "--batch-size 16")])
+@pytest.mark.parametrize(("change", "words"), [({"width": 8}, "--width 4 (now 8)"),
+                                               ({"model": "DCGAN"}, "--model WGAN-GP"),
+                                               ({"seed": 1}, "--seed 0 (now 1)"),
+                                               ({"batch_size": 8}, "--batch-size 16")])
 def test_other_settings_than_the_checkpoints_are_named(trained, dataset, change, words):
     """Settings that a run cannot change are refused by name, before anything is written."""
     before = (trained / "config.json").read_bytes()
@@ -447,12 +457,14 @@ def test_going_on_from_a_kept_checkpoint(unbroken, dataset, tmp_path):
     assert gan.train(settings(dataset, run, model=model, checkpoint="2")) == 0
     result = outcome(run)
     assert result["state"]["settings"].pop("checkpoint") == "2"
-    assert same({**result, "state": result["state"] | {"settings": 0}}, {**expected, "state": expected["state"] | {"settings": 0}})
+    result["state"]["settings"] = expected["state"]["settings"] = None
+    assert same(result, expected)
 
 
 @pytest.mark.parametrize("victim", ["loss", "weights"])
 def test_numbers_that_are_not_finite_stop_the_run(dataset, tmp_path, monkeypatch, victim):
-    """With the epoch, the network, and the command that goes on from the last good kept checkpoint; nothing bad is saved."""
+    """With the epoch, the network, and the command that goes on from the last good kept checkpoint; nothing bad is
+    saved."""
     real = gan.Pair.train_on
 
     def poisoned(pair, *arguments):
@@ -470,7 +482,8 @@ def test_numbers_that_are_not_finite_stop_the_run(dataset, tmp_path, monkeypatch
         gan.train(settings(dataset, run))
     text = str(error.value)
     assert "epoch 3" in text and f"train --run {run} --checkpoint 2" in text
-    assert ("loss of the discriminator" in text and "minibatch 2" in text) if victim == "loss" else "weights of the averaged" in text
+    for words in ("loss of the discriminator", "minibatch 2") if victim == "loss" else ("weights of the averaged",):
+        assert words in text
     assert gan.read_checkpoint(run / "last.pt")["progress"]["epoch"] == 2
 
 
@@ -487,7 +500,7 @@ def test_out_of_memory_is_one_line(dataset, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("model", MODELS)
 def test_cuda_graphs_do_what_plain_steps_do(model):
-    """In float32, but for the rounding of kernels that add in another order; and they were recorded, not passed over."""
+    """In float32, but for the rounding of kernels that add in another order; and they were recorded."""
     cuda = torch.device("cuda")
     plain, recorded = (gan.Pair(settings("", "", model=model, width=8, precision="fp32"), 32, cuda) for _ in range(2))
     plain.warm_up = {}
@@ -518,7 +531,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(trained, dataset,
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(gan.main(sys.argv[1:]))")
     done = subprocess.run([sys.executable, "-c", code, "train", "--data", dataset, "--run", run, "--width", "4",
                            "--batch-size", "16", "--epochs", "6", "--save-every", "1", "--device", "cpu"], text=True,
-                          env=os.environ | {"PYTHONPATH": os.path.dirname(gan.__file__)}, capture_output=True, timeout=100)
+                          env=os.environ | {"PYTHONPATH": os.path.dirname(gan.__file__)}, capture_output=True,
+                          timeout=100)
     assert done.returncode == 1 and "last.pt: File too large" in done.stderr and done.stderr.count("\n") == 1
     assert gan.read_checkpoint(run / "last.pt")["progress"]["epoch"] >= 4 and not list(run.glob(".gan-*"))
     assert run_gan("generate", "--run", run, "--count", 1, cwd=tmp_path).returncode == 0
