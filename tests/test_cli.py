@@ -107,8 +107,8 @@ def test_every_setting_has_help_and_a_range(capsys):
             gan.main([name, "--help"])
         shown = " ".join(capsys.readouterr().out.split())
         for item in fields(declaration):
-            assert f"--{item.name.replace('_', '-')}" in shown
-            assert item.default in (None, False) or f"(default {item.default})" in shown
+            assert (item.metadata["metavar"] if item.metadata["positional"] else f"--{item.name.replace('_', '-')}") in shown
+            assert item.default in (None, False, "") or f"(default {item.default})" in shown
 
 
 def test_import_does_nothing(tmp_path):
