@@ -2414,9 +2414,10 @@ def region_sliders(jacobian: Tensor, mask: Tensor, count: int = 5) -> tuple[Tens
     half = torch.linalg.solve_triangular(root, inside, upper=False)
     vectors = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.T, upper=False))[1][:, -count:].flip(1)
     vectors = F.normalize(torch.linalg.solve_triangular(root.T, vectors, upper=True), dim=0).T
-    changes = [((vectors @ square * vectors).sum(1).clamp_min(0) / share.sum().clamp_min(1)).sqrt() * GREY_LEVELS
-               for square, share in ((inside, weights), (outside, 1 - weights))]
-    return vectors, *changes
+    change_inside, change_outside = (
+        ((vectors @ square * vectors).sum(1).clamp_min(0) / share.sum().clamp_min(1)).sqrt() * GREY_LEVELS
+        for square, share in ((inside, weights), (outside, 1 - weights)))
+    return vectors, change_inside, change_outside
 
 
 @torch.no_grad()
@@ -2517,8 +2518,9 @@ def folded_layers(generator: Generator) -> list[dict]:
         elif isinstance(layer, Bias):
             layers.append({"op": "bias", "data": layer.bias.detach().clone()})
         elif isinstance(layer, nn.BatchNorm2d):
-            scale = layer.weight / torch.sqrt(layer.running_var + layer.eps)
-            shift = (layer.bias - layer.running_mean * scale)[:, None, None]
+            learnt = layer.state_dict()
+            scale = learnt["weight"] / torch.sqrt(learnt["running_var"] + layer.eps)
+            shift = (learnt["bias"] - learnt["running_mean"] * scale)[:, None, None]
             if layers[-1]["op"] == "bias":
                 layers[-1]["data"] = layers[-1]["data"] * scale[:, None, None] + shift
                 layers[-2]["weight"] *= scale[:, None, None]
@@ -2549,7 +2551,7 @@ def read_page() -> tuple[str, str]:
     """The page gan_eval.html, and the policy that allows its one script and its one style by their SHA-256."""
     page = (Path(__file__).parent / "gan_eval.html").read_text("utf-8")
     script, style = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in
-                     re.search(r"<style>(.*?)</style>.*<script>(.*?)</script>", page, re.DOTALL).group(2, 1))
+                     re.findall(r"<style>(.*?)</style>.*<script>(.*?)</script>", page, re.DOTALL)[0][::-1])
     policy = (f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; base-uri 'none'; "
               "form-action 'none'; img-src 'self' blob: data:")
     return page, policy
@@ -2574,7 +2576,9 @@ def export_onnx(generator: Generator, facts: dict) -> bytes:
     nodes, arrays = [helper.make_node("Reshape", ["z", "shape"], ["x0"])], {"shape": np.array([-1, LATENT_SIZE, 1, 1])}
     for i, layer in enumerate(folded_layers(generator)):
         kind = {"convT": "ConvTranspose", "bias": "Add", "relu": "Relu", "tanh": "Tanh"}[layer["op"]]
-        sizes = {"strides": [layer["stride"]] * 2, "pads": [layer["padding"]] * 4} if kind == "ConvTranspose" else {}
+        sizes: dict[str, Any] = {}
+        if kind == "ConvTranspose":
+            sizes = {"strides": [layer["stride"]] * 2, "pads": [layer["padding"]] * 4}
         array = layer.get("weight", layer.get("data"))
         if array is not None:
             arrays[f"w{i}"] = array.contiguous().numpy()
@@ -2586,8 +2590,8 @@ def export_onnx(generator: Generator, facts: dict) -> bytes:
                               [numpy_helper.from_array(array, name) for name, array in arrays.items()])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     z = draw_latents(2, seed=0)
-    theirs = reference.ReferenceEvaluator(model).run(None, {"z": z.numpy()})[0]
-    difference = np.abs(theirs - generator(z).numpy()).max()
+    theirs: Any = reference.ReferenceEvaluator(model).run(["face"], {"z": z.numpy()})
+    difference = np.abs(theirs[0] - generator(z).numpy()).max()
     if not difference < 1e-3:
         raise UserError(f"the ONNX network draws other faces (by {difference:.4f}): nothing was written")
     return model.SerializeToString()
@@ -2628,7 +2632,8 @@ def cut_face(image: Image.Image, box: Box, size: int) -> Image.Image:
     margin = math.ceil(max(0, -box[0], -box[1], box[2] - image.width, box[3] - image.height))
     if margin:
         image = Image.fromarray(np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), "symmetric"))
-    return image.resize((size, size), Image.Resampling.LANCZOS, tuple(side + margin for side in box))
+    left, top, right, bottom = (side + margin for side in box)
+    return image.resize((size, size), Image.Resampling.LANCZOS, (left, top, right, bottom))
 
 
 # ================================================================================================
@@ -2814,7 +2819,7 @@ class Renderer:
             with self.condition:
                 self.condition.wait_for(lambda: self.waiting)
                 generator = self.waiting[0][0]
-                group = []
+                group: list[tuple[nn.Module, list[float], Future]] = []
                 while self.waiting and self.waiting[0][0] is generator and len(group) < self.MOST_AT_ONCE:
                     group.append(self.waiting.popleft())
             try:
@@ -2840,13 +2845,14 @@ class Neighbourhood:
     def nearest(self, images: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
         """(distances, which faces) of the `count` nearest to each image, (N, count), nearest first."""
         distances = torch.cdist(self.space(images), self.features)
-        return tuple(distances.topk(min(count, len(self.features)), 1, largest=False))
+        nearest = distances.topk(min(count, len(self.features)), 1, largest=False)
+        return nearest.values, nearest.indices
 
 
 def describe_sliders(jacobian: Tensor, mask: Tensor) -> list[dict]:
     """The three to five sliders of a region as plain types: those that change it three times as much as the rest, as
     far as there are. `reach`: the step that would change it by 45 grey levels, from 2 to 8."""
-    found = []
+    found: list[dict] = []
     for vector, inside, outside in zip(*region_sliders(jacobian, mask)):
         if len(found) < 3 or inside ** 2 >= 3 * outside ** 2:
             reach = min(8.0, max(2.0, 45 / max(inside.item(), 0.01)))
@@ -2861,7 +2867,8 @@ class Site:
     def __init__(self, run: Path, default: str | None, device: torch.device):
         self.run, self.renderer = run, Renderer()
         self.default_path = find_checkpoint(run, default)
-        self.lock, self.stamps = threading.Lock(), {}
+        self.lock = threading.Lock()
+        self.stamps: dict[Path, int] = {}
         self.read = lru_cache(4)(lambda path, stamp: Model(*load_generator(path, device)))
         self.load(self.default_path)
         self.page, self.policy = read_page()
@@ -2900,7 +2907,7 @@ class Site:
             for name, values in query.items():
                 if len(values) > 1:
                     raise BadRequest(400, f"{name[:20]!a} is given {len(values)} times")
-            asked = {name: values[0] for name, values in query.items()}
+            asked: dict[str, Any] = {name: values[0] for name, values in query.items()}
             if method == "POST":
                 asked |= {"photo": body} if "photo" in found.fields else read_json(body)
             return self.answer(found, asked | {"epoch": url.path.rpartition("/")[2]})
@@ -2911,9 +2918,10 @@ class Site:
         """Read a route's fields and the checkpoint, and have it answered."""
         path = self.default_path
         if "checkpoint" in asked:
-            path = self.checkpoints().get(asked["checkpoint"]) if isinstance(asked["checkpoint"], str) else None
-            if path is None:
+            named = self.checkpoints()
+            if asked["checkpoint"] not in [*named]:  # it may be anything that JSON can say
                 raise BadRequest(404, f"no checkpoint {str(asked['checkpoint'])[:20]!a}: see /api/model")
+            path = named[asked["checkpoint"]]
         model, values = self.load(path), {}
         for name, parse in found.fields.items():
             try:
@@ -3040,7 +3048,7 @@ class Site:
     @route("/api/photo", "POST", heavy=True, photo=anything, box=square)
     def photo(self, model: Model, photo: bytes, box: Box | None) -> dict:
         """The faces in a photo, or what lies in the box, cut out as targets of /api/invert."""
-        boxes, note = [box], ""
+        boxes, note = [box] if box else [], ""
         try:
             image, _ = open_photo(photo, MAX_PHOTO_SIDE)
             image.thumbnail((MAX_PHOTO_SIDE, MAX_PHOTO_SIDE))
@@ -3276,15 +3284,17 @@ def command_prepare(settings: PrepareSettings) -> int:
     if len(skipped) > 10:
         say(f"... and {len(skipped) - 10} more, all in {settings.data}/manifest.json")
     held_out = sum(batch["count"] for batch in manifest["held_out"])
-    say(f"{manifest['count']:,} faces and {held_out:,} more held out for the judge, in {settings.data} ({seconds:.1f} s, "
-        f"{(manifest['count'] + held_out) / seconds:,.0f} a second); look at {settings.data}/faces.png, then `gan.py train`")
+    speed = (manifest["count"] + held_out) / seconds
+    say(f"{manifest['count']:,} faces and {held_out:,} more held out for the judge, in {settings.data} ({seconds:.1f} "
+        f"s, {speed:,.0f} a second); look at {settings.data}/faces.png, then `gan.py train`")
     told = "".join(f", {files[key]:,} {words}" for key, words in FATES.items() if files[key])
     say(f"{manifest['photos_found']:,} photos found{told.replace(',', ':', 1)}{unread_text(files['not_read'])}")
     seen = manifest["crops_with_face"]
     if seen is not None and seen < 0.5:
         say(f"warning: only {seen:.0%} of the first crops show a face: --crop face finds them wherever they are")
     if manifest["count"] < FEW_FACES:
-        say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES} the generator learns them by heart")
+        say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES} the generator learns them by "
+            "heart")
     return 0
 
 

@@ -94,6 +94,8 @@ class Tests:
         cases = ElementTree.parse(report).iter("testcase")
         self.seconds = {f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}": float(case.get("time"))
                         for case in cases}
+        listed = subprocess.run([*PYTEST, "--collect-only", "tests"], stdout=subprocess.PIPE, text=True, check=True)
+        self.now = {line for line in listed.stdout.splitlines() if "::" in line}
         data = CoverageData()
         data.read()
         contexts = data.contexts_by_lineno(str(Path("gan.py").resolve()))
@@ -110,12 +112,13 @@ class Tests:
 
     def of(self, line: int) -> list[str]:
         """Those that come past the line's statement, quick ones first; where it is run by the import alone, those that
-        come past any line of its room."""
+        come past any line of its room. Then those that were written since."""
         names = set().union(*(self.past.get(each, set()) for each in self.statement(line)))
         if not names:
             room = room_of(self.source, line)
             names = set().union(*(past for each, past in self.past.items() if room_of(self.source, each) == room))
-        return sorted(names, key=lambda name: (self.seconds.get(name, 0), name))
+        known = sorted(names & self.now, key=lambda name: (self.seconds[name], name))
+        return known + sorted(self.now - self.seconds.keys())
 
 
 def describe(item: WorkItem, result: WorkResult, source: str) -> str:

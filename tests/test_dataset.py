@@ -1,4 +1,4 @@
-"""prepare and load_faces: every kind of photo and source, hostile ones too, and a dataset that is whole at all times."""
+"""prepare and load_faces: every kind of photo and source, hostile ones too, and a dataset that is always whole."""
 import gzip
 import hashlib
 import io
@@ -24,11 +24,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from conftest import ROOT, run_gan
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 import gan
-from conftest import ROOT, run_gan
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork, fifos and links, which POSIX systems have")
 
@@ -122,7 +123,8 @@ def error_line(capsys, *argv, code: int = 1) -> str:
 # What is read, and in which order
 
 PEOPLE = {f"person{p}/{n}.png": photo(10 * p + n) for p in range(5) for n in range(3)}
-CLUTTER = {"pairs.txt": b"10 300", "person1/.hidden.png": photo(99), ".cache/a.png": photo(99), "person2/notes.md": b"#",
+CLUTTER = {"pairs.txt": b"10 300", "person1/.hidden.png": photo(99), ".cache/a.png": photo(99),
+           "person2/notes.md": b"#",
            "__MACOSX/person1/0.png": b"\0\5\26\7"}
 
 
@@ -194,7 +196,7 @@ def test_a_large_flat_folder():
 
 
 def test_persons_give_two_photos_each():
-    """Folders of 1 to 530: 2,000 of at most two a person, the first by name, the order and choice of `--per-person 2`."""
+    """Folders of 1 to 530: 2,000 of at most two a person, the first by name, in the order of `--per-person 2`."""
     sizes = [1] * 4069 + [2] * 779 + [3] * 291 + [5] * 400 + [20] * 208 + [236, 530]
     names = [f"p{p:04}/{i:04}.jpg" for p, size in enumerate(sizes) for i in range(size)]
     training, apart = divided(names, 2000)
@@ -253,15 +255,18 @@ def test_every_file_is_accounted_for(tmp_path, capsys, no_heif, kind):
     """Used, held out, left by --per-person and by --limit, skipped, not read: each is what it says, and they add up."""
     allowed = {f"p{p:03}/{i}.png": b"bad" if p % 10 == i else photo(p) for p in range(700) for i in range(2)}
     unread = {f"p{p:03}/{p}.{kind}": b"?" for p, kind in enumerate(["heic", "HEIC", "avif", "dng"])}
-    files = allowed | unread | {f"p{p:03}/2.png": photo(p) for p in range(700)} | {"x.png": b"", "notes.txt": b"no photo"}
+    files = allowed | unread | {f"p{p:03}/2.png": photo(p) for p in range(700)}
+    files |= {"x.png": b"", "notes.txt": b"no photo"}
     source, data = pack(tmp_path / kind, files), tmp_path / "data"
     assert gan.main(["prepare", "--dataset", str(source), "--data", str(data), "--size", "32", "--crop", "1",
                      "--per-person", "2", "--limit", "200"]) == 0
     manifest = json.loads((data / "manifest.json").read_text())
     used, apart = ({face["photo"] for face in manifest[kind]} for kind in ("faces", "held_out_faces"))
     bad = {name for name in reasons(manifest) if files[name] == b"bad"}
-    assert manifest["files"] == {"used": len(used), "held_out": len(apart), "left_by_per_person": 700, "left_by_limit": len(
-        allowed.keys() - used - apart - bad), "skipped": len(bad) + 1, "not_read": {".heic": 2, ".avif": 1, ".dng": 1}}
+    assert manifest["files"] == {
+        "used": len(used), "held_out": len(apart), "left_by_per_person": 700,
+        "left_by_limit": len(allowed.keys() - used - apart - bad), "skipped": len(bad) + 1,
+        "not_read": {".heic": 2, ".avif": 1, ".dng": 1}}
     assert len(used) == 200 and len(apart) > 900 and len(bad) > 50 and used | apart | bad < allowed.keys()
     line = capsys.readouterr().out.splitlines()[-2].replace(",", "")
     found, *parts = map(int, re.findall(r"(?<![.\w])(\d+)(?= |$)", line))
@@ -332,9 +337,10 @@ def test_crop_box_is_a_central_square_inside(width, height, crop):
 
 
 @pytest.mark.parametrize("width, height, crop, box", [
-    (250, 250, 0.5, (62.5, 62.5, 187.5, 187.5)), (200, 100, 1.0, (50, 0, 150, 100)), (100, 200, 0.5, (25, 75, 75, 125))])
+    (250, 250, 0.5, (62.5, 62.5, 187.5, 187.5)), (200, 100, 1.0, (50, 0, 150, 100)),
+    (100, 200, 0.5, (25, 75, 75, 125))])
 def test_crop_of_known_pictures(width, height, crop, box):
-    """A pixel of the face shows the place in the photo that the crop's geometry says, found on a ramp of its coordinates."""
+    """A pixel of the face shows the place in the photo that the crop's geometry says, found on a ramp."""
     assert gan.crop_box(width, height, crop) == box
     rows, columns = np.mgrid[:height, :width].astype(np.uint8)
     face = decoded(encoded(Image.fromarray(np.dstack([columns, rows, rows]))), 32, crop).astype(float)
@@ -348,7 +354,7 @@ def test_crop_of_known_pictures(width, height, crop, box):
     (1, "top", "left"), (2, "top", "right"), (3, "bottom", "right"), (4, "bottom", "left"),
     (5, "left", "top"), (6, "right", "top"), (7, "right", "bottom"), (8, "left", "bottom")])
 def test_exif_orientation(value, row0, column0):
-    """A picture stored in each of the 8 ways comes out upright (where its first row and column lie: the EXIF standard)."""
+    """A picture stored in each of the 8 ways comes out upright (where first row and column lie: the EXIF standard)."""
     stored = np.zeros((64, 64, 3), np.uint8)
     stored[:32, :32], stored[:32, 32:], stored[32:, :32] = (255, 0, 0), (0, 255, 0), (0, 0, 255)  # the last: black
     stored = stored.swapaxes(0, 1) if row0 in ("left", "right") else stored
@@ -376,14 +382,16 @@ COLOURS = {  # a photo of one colour, and that colour in RGB, transparency laid 
     "grey, alpha": (flat("LA", (100, 128)), (177, 177, 177)), "grey, opaque": (flat("LA", (100, 255)), (100, 100, 100)),
     "palette": (palette(), (10, 120, 230)), "palette, clear": (palette(transparency=1), (255, 255, 255)),
     "palette, alpha": (palette(transparency=b"\xff\x80"), (132, 187, 242)),
-    "RGBA": (flat("RGBA", (200, 0, 100, 128)), (227, 127, 177)), "RGBA, clear": (flat("RGBA", (9, 9, 9, 0)), (255, 255, 255)),
+    "RGBA": (flat("RGBA", (200, 0, 100, 128)), (227, 127, 177)),
+    "RGBA, clear": (flat("RGBA", (9, 9, 9, 0)), (255, 255, 255)),
     "RGB, clear": (flat("RGB", (1, 2, 3), transparency=(1, 2, 3)), (255, 255, 255)),
     "CMYK": (encoded(Image.new("RGB", (16, 16), ORANGE).convert("CMYK"), "JPEG"), ORANGE),
     "huge JPEG": (flat("RGB", ORANGE, "JPEG", side=3000), ORANGE), "BMP": (flat("RGB", ORANGE, "BMP"), ORANGE),
     "animated GIF": (flat("RGB", GREEN, "GIF", save_all=True, append_images=[BLACK]), GREEN),
     "animated WebP": (flat("RGB", GREEN, "WEBP", lossless=True, save_all=True, append_images=[BLACK]), GREEN),
     "16-bit RGB": (png(16, 16, 16, 2, (b"\0" + b"\xc8\x00\x5a\x00\x28\x00" * 16) * 16), ORANGE),
-    "16-bit TIFF": (flat("I;16", 32768, "TIFF"), (128,) * 3), "16-bit PGM": (b"P5 16 16 65535\n" + b"\x80\0" * 256, (128,) * 3)}
+    "16-bit TIFF": (flat("I;16", 32768, "TIFF"), (128,) * 3),
+    "16-bit PGM": (b"P5 16 16 65535\n" + b"\x80\0" * 256, (128,) * 3)}
 COLOURS |= {f"16-bit grey {value}": (grey16(value), (grey,) * 3)
             for value, grey in [(0, 0), (257, 1), (12850, 50), (32768, 128), (65535, 255)]}
 
@@ -602,14 +610,17 @@ def test_what_libtiff_says_does_not_reach_the_terminal(tmp_path):
 HOSTILE = {  # a name -> the content, and the reason for which it is skipped, or the number of the photo it becomes
     "text.jpg": (b"not a photo at all", "image"), "empty.png": (b"", "is empty"), "zeros.jpg": (bytes(5000), "image"),
     "dot.png": (flat("RGB", 0, side=1), "too small"), "line.png": (encoded(Image.new("L", (30_000, 2))), "too small"),
-    "bomb.png": (png(30_000, 30_000, 8, 2, bytes(10**6)), "pixels"), "bomb2.png": (png(10_000, 9_000, 8, 2, b""), "pixels"),
+    "bomb.png": (png(30_000, 30_000, 8, 2, bytes(10**6)), "pixels"),
+    "bomb2.png": (png(10_000, 9_000, 8, 2, b""), "pixels"),
     "text bomb.png": (photo(1)[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**7))) + photo(1)[33:], "."),
-    "truncated.jpg": (encoded(noise(), "JPEG")[:1500], "truncated"), "bad CRC.png": (photo(1)[:29] + b"!!!!" + photo(1)[33:], "."),
+    "truncated.jpg": (encoded(noise(), "JPEG")[:1500], "truncated"),
+    "bad CRC.png": (photo(1)[:29] + b"!!!!" + photo(1)[33:], "."),
     "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n" * 9, "image"), "floats.tif": (flat("F", 0.5, "TIFF"), "floating"),
     "PNG named.jpg": (photo(10), 10), "UPPER.PnG": (photo(11), 11), "trailing.png": (photo(12) + b"<?php ?>" * 999, 12),
     "huge EXIF.png": (flat("RGB", (13, 0, 128), exif=b"Exif\0\0MM\0*" + b"\xff" * 10**6), 13),
     "folder.jpg/inside.png": (photo(14), 14), "long" * 50 + ".png": (photo(15), 15), "ünï côdé 顔.png": (photo(16), 16)}
-HOSTILE_NAMES = {"new\nline.png": (photo(17), 17), "no \udcff UTF-8.png": (photo(18), 18), "a\\b:*?.png": (photo(19), 19)}
+HOSTILE_NAMES = {"new\nline.png": (photo(17), 17), "no \udcff UTF-8.png": (photo(18), 18),
+                 "a\\b:*?.png": (photo(19), 19)}
 
 
 @pytest.mark.parametrize("kind", ["photos", "a.zip", "a.tgz"])
@@ -618,7 +629,8 @@ def test_hostile_photos_are_converted_or_skipped_for_a_reason(tmp_path, kind):
     cases = HOSTILE | (HOSTILE_NAMES if os.name == "posix" and kind != "a.zip" else {})
     source, before = pack(tmp_path / kind, {name: data for name, (data, _) in cases.items()}), listing(tmp_path, kind)
     manifest = prepared(source, tmp_path / "data", limit=0, per_person=0)
-    found, expected = reasons(manifest), {name: reason for name, (_, reason) in cases.items() if isinstance(reason, str)}
+    found = reasons(manifest)
+    expected = {name: reason for name, (_, reason) in cases.items() if isinstance(reason, str)}
     assert sorted(seen(tmp_path / "data")) == [number for _, number in cases.values() if isinstance(number, int)]
     assert found.keys() == expected.keys() and manifest["photos_found"] == len(cases)
     assert [(name, found[name]) for name in found if not re.search(expected[name], found[name])] == []
@@ -631,7 +643,8 @@ def test_hostile_things_in_a_folder(tmp_path):
     """Links, loops, fifos and files beyond all measure are skipped; no link leads out of the source."""
     source = pack(tmp_path / "photos", {"good.png": photo(1), "sub.png/good.png": photo(2)})
     secret = pack(tmp_path / "outside", {"secret.png": photo(3)})
-    for link, target in [("link.png", secret / "secret.png"), ("out", secret), ("self.png", "self.png"), ("sub.png/up", source)]:
+    for link, target in [("link.png", secret / "secret.png"), ("out", secret), ("self.png", "self.png"),
+                         ("sub.png/up", source)]:
         (source / link).symlink_to(target)
     os.mkfifo(source / "fifo.png")
     with open(source / "huge.png", "wb") as file:
@@ -642,7 +655,7 @@ def test_hostile_things_in_a_folder(tmp_path):
                                  "huge.png": "is larger than 100 MB"}
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a file that its reader may not read; root may")
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read every file")
 def test_unreadable_file_and_folder_are_skipped(tmp_path):
     """A file and a folder without permission are skipped with the system's reason."""
     source = pack(tmp_path / "photos", {"good.png": photo(1), "closed.png": photo(2), "locked/a.png": photo(3)})
@@ -691,7 +704,7 @@ def test_hostile_members_of_an_archive(tmp_path, kind, lacks):
 @pytest.mark.parametrize("kind", ["zip", "lzma.zip", "tar", "tgz", "tar.xz"])
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_damaged_archives(tmp_path, kind, damage):
-    """An archive cut at any length, or with a byte changed, gives the photos that can be read, or an error of one line."""
+    """An archive cut at any length, or with a byte changed, gives the photos that can be read, or one line."""
     path, rng = tmp_path / f"photos.{kind}", random.Random(0)
     whole = pack(path, {f"{i}.png": photo(i) + rng.randbytes(1000) for i in range(8)}).read_bytes()
     for place in [*range(0, 60, 10), *rng.sample(range(len(whole)), 20)]:
@@ -718,7 +731,8 @@ def test_nothing_usable_is_one_line(tmp_path, capsys, name, content):
         pack(tmp_path / name, content)
     elif content is not None:
         (tmp_path / name).write_bytes(content)
-    assert str(tmp_path / name) in error_line(capsys, "prepare", "--dataset", tmp_path / name, "--data", tmp_path / "data")
+    told = error_line(capsys, "prepare", "--dataset", tmp_path / name, "--data", tmp_path / "data")
+    assert str(tmp_path / name) in told
 
 
 SIZES = [32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256]  # 4 to 7 times a power of two
@@ -742,20 +756,22 @@ def test_manifest_tells_all(tmp_path):
     manifest = prepared(source, data, seed=3)
     assert manifest == json.loads((data / "manifest.json").read_text()) == prepared(source, data, seed=3)
     assert (manifest["count"], manifest["source"], manifest["photos_found"]) == (405, str(source), 406)
-    assert manifest["settings"] == {"dataset": str(source), "demo": False, "download": False, "data": str(data), "size": 32,
+    assert manifest["settings"] == {"dataset": str(source), "demo": False, "download": False,
+                                    "data": str(data), "size": 32,
                                     "crop": 1.0, "per_person": 0, "limit": 2000, "seed": 3, "png": None}
     assert [batch["count"] for batch in manifest["batches"]] == [200, 200, 5] and list(reasons(manifest)) == ["bad.png"]
     packed = [(data / batch["file"]).read_bytes() for batch in manifest["batches"]]
     assert [hashlib.sha256(p).hexdigest() for p in packed] == [batch["sha256"] for batch in manifest["batches"]]
     faces = torch.cat([torch.load(io.BytesIO(gzip.decompress(p)), weights_only=True) for p in packed])
-    assert faces.dtype == torch.uint8 and faces.shape == (405, 3, 32, 32) and torch.equal(faces, gan.load_faces(data)[0])
+    assert faces.dtype == torch.uint8 and faces.shape == (405, 3, 32, 32)
+    assert torch.equal(faces, gan.load_faces(data)[0])
     with Image.open(data / "faces.png") as sheet:
         assert sheet.size == (10 * 34 + 2, 10 * 34 + 2)  # 10×10 faces of 32 pixels, 2 between and around
 
 
 @pytest.mark.parametrize("files", [
     {"thesis.txt": b"x"}, {"sub/holiday.jpg": b"x"}, {"manifest.json": b'{"name": "an app"}'}, {"faces.png": b"mine"},
-    {"manifest.json": b"[]", "a.txt": b""}], ids=lambda files: "+".join(files))
+    {"manifest.json": b"[]", "a.txt": b""}], ids="+".join)
 def test_folder_that_is_not_ours_is_refused_and_untouched(tmp_path, capsys, files):
     """prepare writes into no folder that holds anything but a dataset of its own."""
     data = pack(tmp_path / "data", files)
@@ -784,7 +800,7 @@ def earlier(tmp_path, dataset) -> Path:
 
 
 def test_full_disk_at_every_step(tmp_path, earlier, capsys, monkeypatch):
-    """Whichever replacing of a file fails, one line says so and the earlier dataset loads whole, or the new one does."""
+    """Whichever replacing of a file fails, one line says so and the earlier dataset loads whole, or the new one."""
     source, old, real = pack(tmp_path / "photos", PEOPLE), gan.load_faces(earlier)[0], os.replace
     arguments = ["prepare", "--dataset", str(source), "--data", str(earlier), "--size", "32"]
     for failing in range(4):  # a batch (twice: into and out of the scratch folder), the manifest, the contact sheet
@@ -814,7 +830,8 @@ def killed_at(step):
     shutil.copytree("earlier", "data")
     if not (child := os.fork()):
         left = iter(range(step - 1, -1, -1))
-        sys.addaudithook(lambda event, _: event in EVENTS and next(left, 1) == 0 and os.kill(os.getpid(), signal.SIGKILL))
+        sys.addaudithook(lambda event, _: (event in EVENTS and next(left, 1) == 0
+                                           and os.kill(os.getpid(), signal.SIGKILL)))
         gan.prepare(gan.PrepareSettings(demo=True, size=32, limit=3))
         os._exit(0)
     return os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -855,7 +872,8 @@ def test_ctrl_c_cleans_up(tmp_path, earlier, monkeypatch):
 
 
 @pytest.mark.parametrize("file, damage", [
-    *(("faces-*.gz", damage) for damage in (lambda old: old[:-1], lambda old: b"", lambda old: old[:99] + b"!" + old[100:], None)),
+    *(("faces-*.gz", damage) for damage in (
+        lambda old: old[:-1], lambda old: b"", lambda old: old[:99] + b"!" + old[100:], None)),
     *(("manifest.json", lambda old, new=new: new) for new in (b"", b"{", b"[]", b"null", b"\xff\0", b"[" * 100_000)),
     ("manifest.json", lambda old: old[:-9]), ("manifest.json", None)])
 def test_damaged_file_is_named_and_prepare_mends_it(tmp_path, earlier, capsys, file, damage):
@@ -877,7 +895,8 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers(-2, 300) | st.floats
 def test_changed_manifest_never_gives_wrong_faces(dataset, earlier, data):
     """Whatever one value of the manifest is changed to: the same faces, or an error of one line."""
     manifest = json.loads((dataset / "manifest.json").read_text())
-    key, place = data.draw(st.sampled_from([(key, at) for at in (manifest, manifest["batches"][0]) for key in sorted(at)]))
+    places = manifest, manifest["batches"][0]
+    key, place = data.draw(st.sampled_from([(key, at) for at in places for key in sorted(at)]))
     place[key] = data.draw(JSON)
     (earlier / "manifest.json").write_text(json.dumps(manifest))
     try:
@@ -924,7 +943,8 @@ def test_download_through_the_real_kagglehub(tmp_path, monkeypatch):
     environment, asked = pytest.importorskip("kagglesdk.kaggle_env"), []
     inner = pack(tmp_path / "lfw.tgz", {f"lfw_funneled/{name}": data for name, data in PEOPLE.items()}).read_bytes()
     outer = pack(tmp_path / "bundle.zip", {"lfw-funneled.tgz": inner, "pairs.txt": b"10 300"}).read_bytes()
-    answers = {"GetDataset": ("application/json", b'{"currentVersionNumber": 4}'), "DownloadDataset": ("application/zip", outer)}
+    answers = {"GetDataset": ("application/json", b'{"currentVersionNumber": 4}'),
+               "DownloadDataset": ("application/zip", outer)}
 
     class Kaggle(BaseHTTPRequestHandler):
         def do_POST(self):

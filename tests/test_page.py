@@ -11,10 +11,10 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-
-import gan
 from soak import PATIENCE
 from test_server import BASE, CPU, FILES, oracle, picture, same, serving, vivid_copy
+
+import gan
 
 MS = PATIENCE * 1000
 PIXELS = """image => { const canvas = document.createElement('canvas');

@@ -18,18 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import quote
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
+from soak import PATIENCE, bombard, connect, faces, read_all, request, statuses, talk
 
 import gan
-from conftest import ROOT
-from soak import PATIENCE, bombard, connect, faces, read_all, request, statuses, talk
 
 CPU = torch.device("cpu")
 BASE = [round(v, 2) for v in np.random.default_rng(5).normal(size=128).clip(-3, 3).tolist()]
