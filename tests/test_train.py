@@ -82,7 +82,7 @@ def test_one_update_is_the_references(model, turn, precision, bound):
     assert all(weight.grad is None for weight in other.parameters()), "computed gradients that nobody uses"
     for ours, theirs, before in zip(trained.parameters(), oracle.parameters(), start[turn], strict=True):
         assert (ours.grad - theirs.grad).norm() <= bound * theirs.grad.norm()
-        assert (ours - theirs).norm() <= 0.02 * (theirs - before).norm()  # Adam divides rounding errors by themselves
+        assert (ours - theirs).norm() <= 0.15 * (theirs - before).norm()  # Adam turns a rounding error into a whole step
 
 
 @pytest.mark.parametrize("model", MODELS)
