@@ -1106,6 +1106,7 @@ class Bias(nn.Module):
 class Blur(nn.Module):
     """The filter (1 2 1)⊗(1 2 1) / 16 on each channel, (N, C, H, W) -> same. After a doubling it takes away the
     checkerboard, before a halving what would alias (arXiv 1904.11486)."""
+    kernel: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
@@ -1151,6 +1152,8 @@ class Louder(nn.Module):
 
     Networks learn last what has little amplitude (arXiv 2111.02447): the finest octave has a twentieth of the coarse
     ones'. To bound a critic's slope in louder faces is to choose another norm (arXiv 1806.06621)."""
+    kernel: Tensor
+    boost: Tensor
 
     def __init__(self):
         super().__init__()

@@ -49,14 +49,14 @@ def main() -> None:
     faces, held_out = gan.load_faces(arguments.data)[0], gan.load_faces(arguments.data, "held_out")[0]
     judge, features = gan.Judge(faces, held_out, device), seeing_network()
     real = features(held_out[:COUNT])
-    print(f"{'checkpoint':40s}{'perceptual':>12s}{'distance':>12s}")
+    print(f"{'checkpoint':40s}{'perceptual':>12s}{'frechet':>12s}")
     rows = []
     for name in ["training faces", *arguments.checkpoints]:
         if isinstance(name, Path):
             drawn = gan.draw(gan.load_generator(name, device)[0], gan.draw_latents(COUNT, 1))
         else:
             drawn = faces[:COUNT]
-        rows.append((gan.frechet_distance(real, features(drawn)), judge.score(drawn)["distance"]))
+        rows.append((gan.frechet_distance(real, features(drawn)), judge.score(drawn)["frechet"]))
         print(f"{str(name)[-39:]:40s}{rows[-1][0]:12.1f}{rows[-1][1]:12.2f}", flush=True)
     if len(rows) > 2:
         print(f"rank correlation {rank_correlation(*zip(*rows[1:], strict=True)):.3f}")
