@@ -64,8 +64,9 @@ def browser():
         missing("playwright, which drives Chromium, is not installed")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=[
-            "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--no-first-run", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", "--force-color-profile=srgb"])
+            "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", "--no-first-run", "--force-color-profile=srgb", "--use-fake-device-for-media-stream",
+            "--use-fake-ui-for-media-stream"])
         yield browser
         browser.close()
 
@@ -81,23 +82,29 @@ def server(run):
         yield server
 
 
-@pytest.fixture
-def page(browser, server):
-    """A fresh page that shows the face of BASE; it must log no error and ask no other host."""
-    server.site.vectors_asked, server.site.most = queue.Queue(), 0
+def open_page(browser, *own: str):
+    """A page whose `trouble` lists the errors that it logs and the addresses beside its own that it asks."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     context.set_default_timeout(MS)
     page = context.new_page()
     page.trouble = []
     page.on("console", lambda message: message.type in ("error", "warning") and page.trouble.append(message.text))
     page.on("pageerror", lambda error: page.trouble.append(str(error)))
-    page.on("request", lambda request: request.url.startswith((server.url, "blob:", "data:")) or page.trouble.append(request.url))
+    page.on("request", lambda request: request.url.startswith(own) or page.trouble.append(request.url))
+    return page
+
+
+@pytest.fixture
+def page(browser, server):
+    """A fresh page that shows the face of BASE; it must log no error and ask no other host."""
+    server.site.vectors_asked, server.site.most = queue.Queue(), 0
+    page = open_page(browser, server.url, "blob:", "data:")
     page.goto(server.url + link(BASE))
     await_shown(page, BASE)
     page.locator("#numbers summary").click()
     yield page
     server.site.gate.set()
-    context.close()
+    page.context.close()
     assert page.trouble == []
 
 
@@ -168,7 +175,8 @@ def changed(*changes: tuple[int, float]) -> list[float]:
 def test_page_has_128_sliders_and_boxes(page):
     """Sliders s0..s127 and boxes n0..n127, in order, from -3 to 3."""
     for kind, prefix in (("range", "s"), ("number", "n")):
-        found = page.locator(f"#sliders input[type={kind}]").evaluate_all("all => all.map(one => [one.id, one.min, one.max])")
+        found = page.locator(f"#sliders input[type={kind}]").evaluate_all(
+            "all => all.map(one => [one.id, one.min, one.max])")
         assert found == [[f"{prefix}{i}", "-3", "3"] for i in range(128)]
 
 
@@ -225,8 +233,8 @@ def test_dragging_a_slider(page, server, run):
 def test_number_boxes(page):
     """A number typed into box i moves slider i, clamped to the limits; what is no number changes nothing."""
     values = list(BASE)
-    for i, (typed, value) in enumerate([("1.25", 1.25), ("-0.5", -0.5), ("99", 3), ("-3.004", -3), ("1e0", 1), ("", None),
-                                        ("-", None)], start=60):
+    for i, (typed, value) in enumerate([("1.25", 1.25), ("-0.5", -0.5), ("99", 3), ("-3.004", -3), ("1e0", 1),
+                                        ("", None), ("-", None)], start=60):
         box = page.locator(f"#n{i}")
         box.fill("")
         box.press_sequentially(typed)
@@ -458,7 +466,7 @@ def test_directions_and_their_names(page, server, run):
 
 # ---- photo ----
 
-def photo_file(count=1) -> dict:
+def photo_file() -> dict:
     """A photo of one drawn face for a file input."""
     image = Image.fromarray(gan.draw_face_array(3, 7, 128)).resize((300, 300))
     body = io.BytesIO()
@@ -466,12 +474,17 @@ def photo_file(count=1) -> dict:
     return {"name": "me.jpg", "mimeType": "image/jpeg", "buffer": body.getvalue()}
 
 
+def photo_answer(server, box: str) -> dict:
+    """What the server makes of a square of that photo."""
+    return json.loads(gan.Site.respond(server.site, "POST", f"/api/photo?box={box}", photo_file()["buffer"]).body)
+
+
 def test_photo_by_a_square(page, server):
     """Where no face is found the person sets a square; the search then shows its steps and ends in a face to touch."""
     note = "Drag the square over the face."
-    answer = json.loads(gan.Site.respond(server.site, "POST", "/api/photo?box=0,0,300,300", photo_file()["buffer"]).body)
-    none = {**answer, "faces": [], "note": note}
-    page.route("**/api/photo?*", lambda route: route.continue_() if "box=" in route.request.url else route.fulfill(json=none))
+    none = {**photo_answer(server, "0,0,300,300"), "faces": [], "note": note}
+    page.route("**/api/photo?*", lambda route: route.continue_() if "box=" in route.request.url else
+               route.fulfill(json=none))
     page.locator("#tool-photo").click()
     page.locator("#file").set_input_files(photo_file())
     page.locator("#use").wait_for()
@@ -491,8 +504,7 @@ def test_photo_by_a_square(page, server):
 
 def test_photo_of_several_faces(page, server):
     """Of several faces the person picks one, and that one is looked for."""
-    answer = json.loads(gan.Site.respond(server.site, "POST", "/api/photo?box=0,0,300,300", photo_file()["buffer"]).body)
-    other = json.loads(gan.Site.respond(server.site, "POST", "/api/photo?box=90,90,200,200", photo_file()["buffer"]).body)
+    answer, other = photo_answer(server, "0,0,300,300"), photo_answer(server, "90,90,200,200")
     two = {**answer, "faces": answer["faces"] + other["faces"], "note": ""}
     page.route("**/api/photo?*", lambda route: route.fulfill(json=two))
     page.locator("#tool-photo").click()
@@ -585,7 +597,7 @@ def test_shelf_sheet_film_and_vector(page, run, tmp_path):
     sheet = pixels_of(base64.b64encode(saved("#sheet").read_bytes()))
     face = enlarged(page, run / "last.pt", BASE, 64)
     assert sheet.shape == (64, 128, 3)
-    assert np.abs(sheet[:, :64] - face).mean() < 3 < 20 < np.abs(sheet[:, 64:] - face).mean()
+    assert np.abs(sheet[:, :64] - face).mean() < 3 and np.abs(sheet[:, 64:] - face).mean() > 20
     with Image.open(saved("#film")) as film:
         assert film.format == "WEBP" and film.n_frames > 10
     numbers = saved("#vector")
@@ -649,12 +661,7 @@ def test_exported_page(browser, run, tmp_path):
     """It opens from a disk without a server, asks nobody, and draws the server's faces within 3 of 255."""
     settings = gan.ExportSettings(file=str(tmp_path / "faces.html"), run=str(run))
     assert gan.command_export(settings) == 0
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    context.set_default_timeout(MS)
-    page, trouble = context.new_page(), []
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("console", lambda message: message.type == "error" and trouble.append(message.text))
-    page.on("request", lambda request: request.url.startswith(("file:", "blob:", "data:")) or trouble.append(request.url))
+    page = open_page(browser, "file:", "blob:", "data:")
     page.goto((tmp_path / "faces.html").as_uri() + link(BASE))
     page.locator("#save:enabled").wait_for()
     face = seen(page)
@@ -662,12 +669,12 @@ def test_exported_page(browser, run, tmp_path):
     assert page.locator("#tools button").all_inner_texts() == ["Directions", "Mix"]
     page.locator("#directions .strip").nth(9).wait_for()
     push_to_the_end(page, "#directions", 0)
-    await_changed_here = page.wait_for_url(lambda url: not np.allclose(in_link(url), BASE))
-    assert await_changed_here is None and not same(seen(page), face)
+    await_changed(page, BASE)
+    assert not same(seen(page), face)
     page.locator("#tool-mix").click()
     page.locator("#family").click()
     page.locator("#children button").nth(8).wait_for()
     page.locator("#keep").click()
     page.locator("#shelf .drop").wait_for()
-    context.close()
-    assert trouble == []
+    page.context.close()
+    assert page.trouble == []
