@@ -128,6 +128,16 @@ def no_bias():
     gan.Bias = lambda *shape: torch.nn.Identity()
 
 
+def quiet():
+    """The critic hears fine detail as it is."""
+    gan.WGANGP.boost = gan.Objective.boost
+
+
+def unfiltered():
+    """No low-pass filter after a doubling or before a halving."""
+    gan.Blur.forward = lambda self, x: x
+
+
 def short_z(share: float):
     """So many of the latent vectors are shortened, to a length uniform from 0 to their own."""
     def patch():
@@ -201,6 +211,9 @@ RECIPES = {
     "half, mirrored": (FIRST, [no_bias, mirror]),
     "half, augmented": (FIRST, [no_bias, augment]),
     "half, lazy penalty": (FIRST, [no_bias, lazy_penalty(4)]),
+    "quiet": ({}, [quiet]),
+    "unfiltered": ({}, [unfiltered]),
+    "quiet, unfiltered": ({}, [quiet, unfiltered]),
     "mirrored": ({}, [mirror]),
     "augmented": ({}, [augment]),
     "decay": ({}, [decay(100_000)]),

@@ -1,9 +1,10 @@
-"""Measure gan.py against plain implementations:  python tests/bench.py train|prepare|serve [--json]
+"""Measure gan.py against plain implementations:  python tests/bench.py train|prepare|serve|studio [--json]
 
     train     the balanced loop of gan.py against tests/reference.py, the same sequence of updates on both sides; then
               a real training process for its memory and for what sampling, logging and checkpoints cost
     prepare   photos to a dataset against one process that decodes and packs float32 with gzip's level 9
-    serve     faces over HTTP against a plain server: one client, then 32 at once
+    serve     faces over HTTP against a plain server: one client, then 32 at once; how long a touch and a photo take
+    studio    on a real run (--run, --data): do a region's sliders leave the rest alone, do photos find their likeness
 
 Both sides take turns, A B A B, so that a noisy machine is noisy for both; medians and spreads (least to most) are
 printed. Slow evidence, not collected by pytest: let nothing else run beside it."""
@@ -291,28 +292,108 @@ def bench_serve(options) -> dict:
                           "95 % under": round(1e3 * sorted(values)[int(0.95 * len(values))], 2)}
                    for name, values in latencies.items()}
             seconds = alternate({name: lambda name=name: many_clients(name) for name in ports}, options.rounds)
+            studio = studio_seconds(ports["gan.py"], options.rounds)
         finally:
             for server in servers:
                 server.terminate()
                 server.wait()
-    return {"one client": one, "32 clients": summary(seconds, len(vectors), "faces")}
+    return {"one client": one, "32 clients": summary(seconds, len(vectors), "faces")} | studio
+
+
+def studio_seconds(port: int, rounds: int) -> dict:
+    """Seconds that a touch and a photo take over HTTP, each of another face, and what a slider's pictures take meanwhile."""
+    def post(path: str, **body) -> dict:
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        client.request("POST", path, json.dumps(body))
+        answer = client.getresponse()
+        found = json.loads(answer.read())
+        client.close()
+        assert answer.status == 200, found
+        return found
+
+    def touch() -> float:
+        started = time.perf_counter()
+        post("/api/regions", values=torch.randn(128).tolist())
+        return time.perf_counter() - started
+
+    def photo() -> float:
+        target = gan.data_url(gan.draw_face(gan.np.random.default_rng(), 80))
+        started, found = time.perf_counter(), {"values": None, "done": False}
+        for _ in range(12):
+            found = post("/api/invert", target=target, values=found["values"])
+            if found["done"]:
+                break
+        return time.perf_counter() - started
+
+    touch()  # the first one loads what torch needs for it
+    touches, photos = [touch() for _ in range(2 * rounds)], [photo() for _ in range(rounds)]
+    with ThreadPoolExecutor(1) as other:
+        waiting, beside = other.submit(photo), []
+        while not waiting.done():
+            beside.append(ask(port, torch.randn(128)))
+    return {"touch, s": spread(touches), "photo, s": spread(photos),
+            "ms a face beside a photo": round(1e3 * statistics.median(beside), 1)}
+
+
+def spread(values: list[float]) -> str:
+    """Median and, in brackets, least and most."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+# ---- studio ----
+
+BOXES = {"mouth": (52, 70, 22, 58), "eyes": (26, 40, 14, 66), "hair": (0, 18, 8, 72)}  # of LFW's 80 pixels: rows, columns
+
+
+def bench_studio(options) -> dict:
+    """Of 20 random faces, how much more a step of a grey level or two of each slider changes inside than outside, in the pictures
+    (mean square); of held-out photos, to how many of 100 others the face found for it is nearer than to itself."""
+    torch.manual_seed(0)
+    generator, facts = gan.load_generator(gan.find_checkpoint(options.run, None), torch.device("cpu"))
+    size, ratios = facts["image_size"], {name: [] for name in BOXES}
+    for z in gan.draw_latents(20, seed=2):
+        slopes = gan.jacobian(generator, z)
+        for name, edges in BOXES.items():
+            top, bottom, left, right = (edge * size // 80 for edge in edges)
+            mask = torch.zeros(size, size)
+            mask[top:bottom, left:right] = 1
+            for slider in gan.describe_sliders(slopes, mask)[:3]:
+                moved = z + 0.5 * slider["reach"] * torch.tensor(slider["vector"])
+                change = (generator(moved[None]) - generator(z[None])).square().mean((0, 1))
+                ratios[name].append((change[mask == 1].mean() / change[mask == 0].mean()).item())
+    found = {f"{name}, inside over outside": spread(values) for name, values in ratios.items()}
+    images = gan.load_faces(options.data, "held_out")[0]
+    photos, weights = images[torch.randperm(len(images))[:150]], gan.face_weights(size)
+    space, ranks = gan.FeatureSpace(gan.load_faces(options.data)[0][:500]), {"pixels": [], "features": []}
+    others = space(photos)
+    for number in range(50):
+        target = gan.to_face(photos[number])
+        *_, (z, _) = gan.fits(generator, target, weights)
+        face = gan.draw(generator, z[None])
+        for name, distances in (("pixels", gan.distances_to(gan.to_face(face[0]), gan.to_face(photos), weights)),
+                                ("features", torch.cdist(space(face), others)[0])):
+            ranks[name].append((distances[50:] < distances[number]).sum().item())
+    return found | {f"of 50 photos, nearer to their own face than 95 of 100 others, by {name}": sum(rank <= 5 for rank in values)
+                    for name, values in ranks.items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("train", "prepare", "serve"):
+    for name in ("train", "prepare", "serve", "studio"):
         command = commands.add_parser(name)
         command.add_argument("--rounds", type=int, default=5)
         command.add_argument("--json", action="store_true", help="one JSON object on standard output")
         source = {"train": "a dataset written by prepare (default: drawn faces)",
-                  "prepare": "photos (default: drawn ones)"}.get(name, "not used")
+                  "prepare": "photos (default: drawn ones)", "studio": "the run's dataset"}.get(name, "not used")
         command.add_argument("--data", type=Path, help=source)
         if name == "train":
             command.add_argument("--model", choices=list(gan.OBJECTIVES), default="WGAN-GP")
             command.add_argument("--precision", default="auto")
             command.add_argument("--device", default="auto")
             command.add_argument("--epochs", type=int, default=10, help="of the whole training, 0 for none")
+        if name == "studio":
+            command.add_argument("--run", type=Path, required=True)
         if name == "prepare":
             command.add_argument("--photos", type=int, default=400)
     commands.add_parser("plain-server").add_argument("port", type=int)
@@ -320,7 +401,7 @@ def main() -> int:
     if options.command == "plain-server":
         return plain_server(options.port)
     stdout, sys.stdout = sys.stdout, sys.stderr if options.json else sys.stdout
-    found = {"train": bench_train, "prepare": bench_prepare, "serve": bench_serve}[options.command](options)
+    found = {"train": bench_train, "prepare": bench_prepare, "serve": bench_serve, "studio": bench_studio}[options.command](options)
     if options.json:
         print(json.dumps(found, indent=1), file=stdout)
     else:

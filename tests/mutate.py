@@ -1,15 +1,16 @@
 """Do the tests notice?  python tests/mutate.py --out mutants [--count 200] [--seed 0] [--rooms "A;B"] [--retry]
 
-Needs: pip install cosmic-ray. It makes single changes to gan.py (a comparison, a number, an operator, and/or, a loop,
-an exception, a decorator) at places drawn by chance, and runs the tests of the room for each, in a copy of the
-checkout. Asked again with the same --out, it goes on where it stopped; --retry tries those that no test noticed against
-the tests as they are now. Ends with the changes that no test noticed; some two hours for 200 on one core. The look of
-the drawn face, annotations and texts are left alone."""
+Needs: pip install cosmic-ray pytest-cov. Makes single changes to gan.py (a comparison, a number, an operator, and/or, a
+loop, an exception, a decorator) at places drawn by chance, in a copy of the checkout, and runs for each the tests that
+come past the place, quick ones first. Asked again with the same --out, it goes on where it stopped; --retry tries those
+that no test noticed against the tests as they are now. Ends with the changes that no test noticed. The look of the
+drawn face, annotations and texts are left alone."""
 import argparse
 import ast
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,21 +19,21 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 from cosmic_ray.commands import init
 from cosmic_ray.mutating import mutate_and_test
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome, WorkItem, WorkResult
+from coverage import CoverageData
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = {"header": "dataset cli train", "Settings": "cli networks run", "Faces on disk": "dataset train",
-         "Networks": "networks objectives drawing train", "Objectives": "objectives train", "Balance": "balance train",
-         "Run directory": "run train judge", "Judge": "judge", "Training": "train judge objectives",
-         "Drawing faces": "drawing cli", "Server": "server", "Command line": "cli dataset judge"}
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # `is` for `==` mostly changes nothing, a shift of a float is mostly an error
 NOT_TRIED = re.compile(r"_(Is(Not)?|RShift|LShift|Bit\w+)$")
 
 
+@cache
 def room_of(source: str, line: int) -> str:
     """The room that a line of gan.py belongs to."""
     banners = re.findall(r"^# =+\n# (\w[\w ]*).*\n# =+$", "\n".join(source.splitlines()[:line]), re.MULTILINE)
@@ -50,7 +51,7 @@ def exempt(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
         yield (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
 
 
-def draw_changes(module: Path, rooms: list[str], count: int, seed: int) -> Iterator[WorkItem]:
+def draw_changes(module: Path, rooms: list[str] | None, count: int, seed: int) -> Iterator[WorkItem]:
     """So many changes, at most one a place; each place has the same chance, however many changes it allows."""
     source = module.read_text("utf-8")
     spared = list(exempt(source))
@@ -59,8 +60,9 @@ def draw_changes(module: Path, rooms: list[str], count: int, seed: int) -> Itera
         changes = [item.mutations[0] for item in everything.work_items]
     places = defaultdict(list)
     for change in sorted(changes, key=lambda change: (change.operator_name, change.occurrence)):
-        if not (NOT_TRIED.search(change.operator_name) or room_of(source, change.start_pos[0]) not in rooms
-                or any(start <= change.start_pos < end for start, end in spared)):
+        spare = any(start <= change.start_pos < end for start, end in spared)
+        wanted = rooms is None or room_of(source, change.start_pos[0]) in rooms
+        if wanted and not spare and not NOT_TRIED.search(change.operator_name):
             places[change.start_pos].append(change)
     chance = random.Random(seed)
     for number, place in enumerate(chance.sample(sorted(places), min(count, len(places)))):
@@ -80,20 +82,43 @@ def copy_checkout(out: Path) -> None:
     shutil.copy(out / "gan.py", out / "checkout")  # a process that was killed may have left it changed
 
 
-def tests_of(room: str) -> str:
-    """What runs the tests of a room until one fails."""
-    return f"{sys.executable} -m pytest -q -x -p no:cacheprovider " + " ".join(
-        f"tests/test_{name}.py" for name in TESTS[room].split())
+class Tests:
+    """Which tests come past a line of gan.py, and how many seconds each takes: from one run of all, which must pass."""
 
+    def __init__(self, source: str, report: Path):
+        self.source, self.tree = source, ast.parse(source)
+        if not report.exists():
+            subprocess.run([*PYTEST, "tests", f"--junitxml={report}.new", "--cov=gan", "--cov-context=test",
+                            "--cov-report="], check=True)
+            os.replace(f"{report}.new", report)
+        cases = ElementTree.parse(report).iter("testcase")
+        self.seconds = {f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}": float(case.get("time"))
+                        for case in cases}
+        listed = subprocess.run([*PYTEST, "--collect-only", "tests"], stdout=subprocess.PIPE, text=True, check=True)
+        self.now = {line for line in listed.stdout.splitlines() if "::" in line}
+        data = CoverageData()
+        data.read()
+        contexts = data.contexts_by_lineno(str(Path("gan.py").resolve()))
+        self.past = {line: {name.rpartition("|")[0] for name in names} - {""} for line, names in contexts.items()}
 
-@cache
-def usual_seconds(room: str) -> float:
-    """How long the tests of a room take where nothing is changed; they must pass."""
-    started = time.monotonic()
-    done = subprocess.run(tests_of(room).split(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"the tests of {room} fail without any change:\n{done.stdout[-2000:]}")
-    return time.monotonic() - started
+    def statement(self, line: int) -> range:
+        """The lines of the statement around a line; of a compound one, those before its body."""
+        found = range(line, line + 1)
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.stmt) and node.lineno <= line <= node.end_lineno:
+                body = getattr(node, "body", None)
+                found = range(node.lineno, max(node.lineno + 1, body[0].lineno) if body else node.end_lineno + 1)
+        return found
+
+    def of(self, line: int) -> list[str]:
+        """Those that come past the line's statement, quick ones first; where it is run by the import alone, those that
+        come past any line of its room. Then those that were written since."""
+        names = set().union(*(self.past.get(each, set()) for each in self.statement(line)))
+        if not names:
+            room = room_of(self.source, line)
+            names = set().union(*(past for each, past in self.past.items() if room_of(self.source, each) == room))
+        known = sorted(names & self.now, key=lambda name: (self.seconds[name], name))
+        return known + sorted(self.now - self.seconds.keys())
 
 
 def describe(item: WorkItem, result: WorkResult, source: str) -> str:
@@ -103,18 +128,19 @@ def describe(item: WorkItem, result: WorkResult, source: str) -> str:
     return "\n".join([f"{room_of(source, line)}, line {line}", *changed])
 
 
-def try_changes(work: WorkDB, source: str, retry: bool) -> None:
-    """Run the tests with each change that has no result yet; with `retry`, also with those that none noticed."""
+def try_changes(work: WorkDB, tests: Tests, retry: bool) -> None:
+    """Run the tests with each change that has no result yet; with `retry`, also with those that none noticed. What
+    takes least comes first."""
     results = dict(work.results)
-    pending = [item for item in sorted(work.work_items, key=lambda item: item.job_id) if item.job_id not in results
-               or retry and results[item.job_id].test_outcome != TestOutcome.KILLED]
-    for number, item in enumerate(pending, 1):
-        room = room_of(source, item.mutations[0].start_pos[0])
-        limit, started = 30 + 3 * usual_seconds(room), time.monotonic()
-        result = mutate_and_test(item.mutations, tests_of(room), limit)
+    pending = [(item, tests.of(item.mutations[0].start_pos[0])) for item in work.work_items
+               if item.job_id not in results or retry and results[item.job_id].test_outcome != TestOutcome.KILLED]
+    pending.sort(key=lambda both: sum(tests.seconds.get(name, 0) for name in both[1]))
+    for number, (item, names) in enumerate(pending, 1):
+        limit, started = 60 + 5 * sum(tests.seconds.get(name, 0) for name in names), time.monotonic()
+        result = mutate_and_test(item.mutations, shlex.join([*PYTEST, "-x", *names]), limit)
         work.set_result(item.job_id, result)
-        print(f"{number}/{len(pending)} {result.test_outcome} in {time.monotonic() - started:.0f} s: "
-              + describe(item, result, source), flush=True)
+        print(f"{number}/{len(pending)} {result.test_outcome.value} by {len(names)} tests in "
+              f"{time.monotonic() - started:.0f} s: {describe(item, result, tests.source)}", flush=True)
 
 
 def main() -> None:
@@ -123,7 +149,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rooms", help="of these alone, with ; between")
+    parser.add_argument("--rooms", help="draw in these alone, with ; between")
     parser.add_argument("--retry", action="store_true")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
@@ -131,11 +157,12 @@ def main() -> None:
     os.chdir(out / "checkout")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     source = (out / "gan.py").read_text("utf-8")
+    tests = Tests(source, out / "tests.xml")
     with use_db(out / "session.sqlite") as work:
         if not work.num_work_items:
-            rooms = arguments.rooms.split(";") if arguments.rooms else list(TESTS)
+            rooms = arguments.rooms.split(";") if arguments.rooms else None
             work.add_work_items(draw_changes(Path("gan.py"), rooms, arguments.count, arguments.seed))
-        try_changes(work, source, arguments.retry)
+        try_changes(work, tests, arguments.retry)
         missed = [(item, result) for item, result in work.completed_work_items
                   if result.test_outcome != TestOutcome.KILLED]
         print(f"\n{work.num_results - len(missed)} of {work.num_results} changes noticed; not noticed:")

@@ -9,10 +9,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 
 def stages(size: int, width: int) -> tuple[int, list[int]]:
-    """80, 64 -> 5, [512, 256, 128, 64]."""
+    """80, 64 -> 5, [512, 256, 128, 64, 32]."""
     count = {size // 2 ** n: n for n in range(8) if 4 <= size / 2 ** n < 8}
     (base, doublings), = count.items()
-    return base, [min(8 * width, width * 2 ** n) for n in range(doublings)][::-1]
+    return base, [min(8 * width, width * 2 ** n) for n in range(doublings)][::-1] + [width // 2]
 
 
 class Plus(nn.Module):
@@ -24,23 +24,33 @@ class Plus(nn.Module):
         return x + self.summand
 
 
+def low_pass() -> nn.Sequential:
+    """(1 2 1)⊗(1 2 1) / 16: the mean of two neighbours, twice."""
+    return nn.Sequential(nn.AvgPool2d(2, 1, padding=1), nn.AvgPool2d(2, 1))
+
+
 def generator(size: int = 80, width: int = 64) -> nn.Sequential:
     base, channels = stages(size, width)
     layers = [nn.Unflatten(1, (128, 1, 1)), nn.ConvTranspose2d(128, channels[0], base, bias=False),
-              Plus(channels[0], base, base)]
-    for before, after in pairwise([*channels, 3]):
-        layers += [nn.BatchNorm2d(before), nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)]
-    return nn.Sequential(*layers, nn.Tanh())
+              Plus(channels[0], base, base), nn.BatchNorm2d(channels[0]), nn.ReLU()]
+    for before, after in pairwise(channels):
+        layers += [nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)]
+        if after in channels[-2:]:
+            layers += [low_pass()]
+        layers += [nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(channels[-1], 3, 3, 1, 1, bias=False), nn.Tanh())
 
 
 def discriminator(model: str, size: int = 80, width: int = 64) -> nn.Sequential:
     base, channels = stages(size, width)
-    layers, before = [], 3
-    for after in channels[::-1]:
-        layers += [nn.Conv2d(before, after, 4, 2, 1, bias=False)]
-        if before != 3:
-            layers += [nn.InstanceNorm2d(after, affine=True) if model == "WGAN-GP" else nn.BatchNorm2d(after)]
-        layers, before = [*layers, nn.LeakyReLU(0.2)], after
+    first, second, *others = channels[::-1]
+    layers = [nn.Conv2d(3, first, 3, 1, 1, bias=False), nn.LeakyReLU(0.2), low_pass(),
+              nn.Conv2d(first, second, 4, 2, 1, bias=False), nn.LeakyReLU(0.2), low_pass()]
+    before = second
+    for after in others:
+        norm = nn.InstanceNorm2d(after, affine=True) if model == "WGAN-GP" else nn.BatchNorm2d(after)
+        layers += [nn.Conv2d(before, after, 4, 2, 1, bias=False), norm, nn.LeakyReLU(0.2)]
+        before = after
     return nn.Sequential(*layers, nn.Conv2d(before, 1, base, bias=False), nn.Flatten(0))
 
 

@@ -66,7 +66,7 @@ def request(port: int, method="GET", path="/", *headers: str, version="HTTP/1.1"
 
 # ---- bad requests ----
 
-WORDS = ["..", "%2e%2e", "etc", "gan.py", "last.pt", "%00", "api", "model", "generate", "", "C:", "~", "[::1"]
+WORDS = ["samples", "0", "log", "..", "%2e%2e", "etc", "gan.py", "last.pt", "%00", "api", "model", "generate", "", "C:", "~", "[::1"]
 NUMBERS = ["0", "1.5", "nan", "-inf", "1e999", "1_0", "", "0x1", "%FF", "%00", "9" * 400, "1e-9999"]
 SCALES = ["0", "9", "-1", "1.5", "", "%D9%A3", "1e1", "0001" + "0" * 5000]
 WHICH = ["../x", "/etc/passwd", "epoch-00002.pt", "-1", "2e0", "9" * 30, "", "%00"]
@@ -78,6 +78,18 @@ HEADERS = ["Transfer-Encoding: chunked", "Host: 127.0.0.1", "no colon", ": x", "
 HEADERS += [f"Content-Length: {length}" for length in LENGTHS]
 
 
+STUDIO = ["faces", "directions/name", "regions", "region", "paint", "photo", "invert", "neighbours", "film"]
+JSONS = ["null", "true", "[]", "{}", "-1", "1e999", "NaN", '"x"', '"data:image/png;base64,AAAA"', "9" * 5000, "[" * 3000,
+         str([0] * 127), str([0] * 127 + [101]), str([[0] * 128] * 70)]
+
+
+def bad_json(rng: random.Random) -> bytes:
+    """The body of a POST, one that none of the STUDIO answers with a face."""
+    fields = [f'"{name}": {rng.choice(JSONS)}' for name in ("vectors", "values", "mask", "target", "index", "name", "scale")]
+    body = "{" + ", ".join(rng.sample(fields, rng.randrange(len(fields)))) + "}"
+    return rng.choice([body, body[:-1], rng.choice(JSONS)]).encode() + rng.choice([b"", b"\xff"])
+
+
 def bad_request(rng: random.Random, port: int) -> bytes:
     """One generated request that something is wrong with."""
     def junk(most: int) -> bytes:
@@ -86,7 +98,7 @@ def bad_request(rng: random.Random, port: int) -> bytes:
     def one(words: list[str]) -> str:
         return rng.choice([*words, quote(junk(12), safe="/:@?&=+,%[]")])
 
-    kind = rng.randrange(8)
+    kind = rng.randrange(9)
     path = "/" + "/".join(one(WORDS) for _ in range(rng.randrange(1, 6)))
     if kind == 0:
         return request(port, path=path)
@@ -108,6 +120,10 @@ def bad_request(rng: random.Random, port: int) -> bytes:
         return request(port, path=one(["/", path, "/" + "x" * 20_000]), version=one(VERSIONS))
     if kind == 6:
         return junk(200) + rng.choice([b"", b"\r\n\r\n"])
+    if kind == 7:
+        body, path = bad_json(rng), f"/api/{rng.choice(STUDIO)}{rng.choice(['', '?box=1,2', '?checkpoint=x', '?box=0,0,1e9,1e9'])}"
+        origin = rng.choice(["null", "http://evil.example", f"http://127.0.0.1:{port}", "x" * 99])
+        return request(port, "POST", path, f"Content-Length: {len(body)}", f"Origin: {origin}", body=body)
     good = bytearray(request(port, path="/generate?values=" + ",".join("0" * 128)))
     for _ in range(rng.randrange(4)):
         good[rng.randrange(len(good))] = rng.randrange(256)

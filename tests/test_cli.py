@@ -80,6 +80,41 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, code, w
     assert words in error
 
 
+RANGES = [("prepare", "crop", 0.05, 1.0), ("prepare", "per_person", 0, 10**6), ("prepare", "limit", 0, 10**7),
+          ("train", "epochs", 1, 10**7), ("train", "batch_size", 2, 10**5), ("train", "width", 4, 512),
+          ("train", "learning_rate", 1e-7, 1.0), ("train", "clip", 1e-4, 100.0), ("train", "sample_every", 1, 10**7),
+          ("train", "save_every", 1, 10**7), ("train", "keep_every", 1, 10**7), ("train", "judge_every", 1, 10**7),
+          ("train", "balance", 1, 1000), ("generate", "count", 1, 10**6), ("generate", "min_abs", 0.0, 3.0),
+          ("eval", "port", 0, 65535), ("demo", "port", 0, 65535),
+          *((command, "seed", 0, 2**31 - 1) for command in ("prepare", "train", "generate", "judge"))]
+DEFAULTS = {"prepare": {"data": "data", "size": 80, "crop": 0.5, "per_person": 0, "limit": 2000, "seed": 0},
+            "train": {"data": "data", "model": "WGAN-GP", "epochs": 3000, "batch_size": 20, "width": 64,
+                      "balance": "accuracy", "clip": 0.1, "device": "auto", "precision": "auto", "seed": 0,
+                      "save_every": 10, "judge_every": 10},
+            "generate": {"count": 100, "seed": 0, "min_abs": 0.0, "device": "auto"},
+            "judge": {"seed": 1, "device": "auto"}, "eval": {"host": "127.0.0.1", "port": 8666}, "demo": {"port": 8666}}
+
+
+@pytest.mark.parametrize(("command", "name", "low", "high"), RANGES)
+def test_numbers_are_taken_from_end_to_end(command, name, low, high):
+    """Both ends of a setting's range, what lies between, and nothing beyond."""
+    def read(value):
+        return getattr(gan.make_parser().parse_args([command, f"--{name.replace('_', '-')}={value}"]), name)
+    middle = type(low)((low + high) / 2)
+    assert [read(value) for value in (low, middle, high)] == [low, middle, high]
+    for beyond in (low - 1, high + 1):
+        with pytest.raises(SystemExit):
+            read(beyond)
+
+
+@pytest.mark.parametrize("command", DEFAULTS)
+def test_defaults_are_the_documented_ones(command):
+    """What a command does without flags: others script against it."""
+    defaults = {item.name: item.default for item in fields(gan.COMMANDS[command][0])}
+    assert {name: value for name, value in defaults.items() if value is not None and value is not False} == (
+        DEFAULTS[command])
+
+
 @pytest.mark.parametrize("flags", [[], ["--model", "wgan-gp"], ["--model", "Wgan-Gp"]])
 def test_case_of_a_model_does_not_matter(flags):
     """--model wgan-gp is WGAN-GP, and so is no --model at all."""
@@ -107,8 +142,8 @@ def test_every_setting_has_help_and_a_range(capsys):
             gan.main([name, "--help"])
         shown = " ".join(capsys.readouterr().out.split())
         for item in fields(declaration):
-            assert f"--{item.name.replace('_', '-')}" in shown
-            assert item.default in (None, False) or f"(default {item.default})" in shown
+            assert (item.metadata["metavar"] if item.metadata["positional"] else f"--{item.name.replace('_', '-')}") in shown
+            assert item.default in (None, False, "") or f"(default {item.default})" in shown
 
 
 def test_import_does_nothing(tmp_path):

@@ -1,4 +1,6 @@
 """Shapes, sizes and weights of the networks."""
+import math
+
 import pytest
 import reference
 import torch
@@ -23,7 +25,7 @@ def test_every_size_has_its_networks(size):
 
 
 def test_shapes_at_80_are_the_documented_ones():
-    """512×5×5, 256×10×10, 128×20×20, 64×40×40, 3×80×80, and back."""
+    """512×5×5, 256×10×10, 128×20×20, 64×40×40, 32×80×80, 3×80×80, and back."""
     shapes = {}
     for name, network, x in (("g", gan.Generator(80, 64), torch.randn(1, 128)),
                              ("d", gan.Discriminator(80, 64, gan.InstanceNorm), torch.randn(1, 3, 80, 80))):
@@ -32,24 +34,54 @@ def test_shapes_at_80_are_the_documented_ones():
             if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
                 layer.register_forward_hook(lambda _, __, y, name=name: shapes[name].append(tuple(y.shape[1:])))
         network.eval()(x)
-    assert shapes["g"] == [(512, 5, 5), (256, 10, 10), (128, 20, 20), (64, 40, 40), (3, 80, 80)]
-    assert shapes["d"] == [(64, 40, 40), (128, 20, 20), (256, 10, 10), (512, 5, 5), (1, 1, 1)]
+    assert shapes["g"] == [(512, 5, 5), (256, 10, 10), (128, 20, 20), (64, 40, 40), (32, 80, 80), (3, 80, 80)]
+    assert shapes["d"] == [(32, 80, 80), (64, 40, 40), (128, 20, 20), (256, 10, 10), (512, 5, 5), (1, 1, 1)]
 
 
 def test_channels_are_capped_at_eight_widths():
-    """At 256 pixels, six doublings, the widest layers have 8 × width channels."""
-    assert gan.stage_channels(256, 16) == (4, [128, 128, 128, 64, 32, 16])
+    """At 256 pixels, six doublings, the widest layers have 8 × width channels; at full resolution there are width / 2."""
+    assert gan.stage_channels(256, 16) == (4, [128, 128, 128, 64, 32, 16, 8])
 
 
 @pytest.mark.parametrize(("model", "norm"), [("DCGAN", torch.nn.BatchNorm2d), ("WGAN", torch.nn.BatchNorm2d),
                                              ("WGAN-GP", gan.InstanceNorm)])
 def test_weights_are_those_of_the_plain_networks(model, norm):
-    """Same number of layers and weights as the plain reference; no biases but the norms' and that of places, no norm
-    on the first layer."""
+    """Same number of layers and weights as the plain reference, and the same results; no biases but the norms' and that
+    of places, no norm on the first layers."""
     assert gan.OBJECTIVES[model].norm is norm
     for ours, plain in ((gan.Generator(80, 8), reference.generator(80, 8)),
                         (gan.Discriminator(80, 8, norm), reference.discriminator(model, 80, 8))):
         assert [p.shape for p in ours.parameters()] == [p.shape for p in plain.parameters()]
+        for target, source in zip(plain.parameters(), ours.parameters(), strict=True):
+            target.data.copy_(source.data)
+        x = torch.randn(2, 128) if isinstance(ours, gan.Generator) else torch.randn(2, 3, 80, 80)
+        assert torch.allclose(ours(x), plain(x), atol=1e-4)
+
+
+def test_the_filter_is_the_binomial_one():
+    """A checkerboard is gone but at the edges, a point becomes (1 2 1)⊗(1 2 1) / 16, and a constant stays."""
+    x = torch.zeros(1, 3, 8, 8)
+    x[0, 0, 4, 4], x[0, 1], x[0, 2] = 16, torch.tensor([[1.0, -1], [-1, 1]]).repeat(4, 4), 5
+    point, board, constant = gan.Blur(3)(x)[0]
+    assert point[3:6, 3:6].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]] and point.sum() == 16
+    assert board[1:-1, 1:-1].abs().max() == 0 and torch.all(constant[1:-1, 1:-1] == 5)
+
+
+def test_fine_detail_is_made_louder():
+    """Constants stay; boost 0 changes nothing; boost 1 makes a checkerboard four times as strong, and waves of 10 pixels
+    by what the two filters leave of them."""
+    louder, side = gan.Louder().double(), 40
+    wave = torch.cos(2 * torch.pi * torch.arange(side, dtype=torch.double) / 10).expand(side, side)
+    board = torch.tensor([[1.0, -1], [-1, 1]], dtype=torch.double).repeat(side // 2, side // 2)
+    x = torch.stack([torch.full_like(board, 0.3), board, wave])[None]
+    assert torch.equal(louder(x), x)
+    louder.boost.fill_(1)
+    constant, fine, waves = louder(x)[0]
+    a = math.cos(math.pi / 10) ** 4
+    b = a * math.cos(2 * math.pi / 10) ** 4
+    inside = slice(6, -6)
+    assert torch.allclose(constant, x[0, 0]) and torch.allclose(fine[inside, inside], 4 * board[inside, inside])
+    assert torch.allclose(waves[inside, inside], (b + 2 * (a - b) + 4 * (1 - a)) * wave[inside, inside])
 
 
 def test_a_face_can_be_learned_at_zero():
@@ -80,13 +112,15 @@ def test_instance_norm_equals_the_librarys():
 
 
 def test_the_discriminators_input_gradient_is_autograds():
-    """Of scores by faces, and what is derived from it by each weight: against autograd's second derivative."""
+    """Of scores by the louder faces, and what is derived from it by each weight: against autograd's second derivative."""
     torch.manual_seed(0)
     critic = gan.Discriminator(40, 4, gan.InstanceNorm).double()
     for weight in critic.parameters():
         torch.nn.init.normal_(weight, 0.1, 0.5)
-    faces = torch.randn(3, 3, 40, 40, dtype=torch.double, requires_grad=True)
-    expected, = torch.autograd.grad(critic(faces).sum(), faces, create_graph=True)
+    critic.louder.boost.fill_(0.5)
+    faces = torch.randn(3, 3, 40, 40, dtype=torch.double)
+    louder = critic.louder(faces).requires_grad_()
+    expected, = torch.autograd.grad(critic.layers(louder).sum(), louder, create_graph=True)
     gradient = critic.input_gradient(faces)
     assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-12)
     weights = list(critic.parameters())

@@ -1,6 +1,7 @@
 """The page in headless Chromium: sliders, buttons and the picture, against faces drawn independently of the server."""
 import base64
 import io
+import json
 import os
 import queue
 import shutil
@@ -11,16 +12,24 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 from PIL import Image
+from soak import PATIENCE
+from test_server import BASE, CPU, FILES, oracle, same, serving, vivid_copy
 
 import gan
-from soak import PATIENCE
-from test_server import BASE, CPU, FILES, oracle, picture, same, serving, vivid_copy
 
 MS = PATIENCE * 1000
-PIXELS = """image => { const canvas = document.createElement('canvas');
-    [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-    canvas.getContext('2d').drawImage(image, 0, 0);
-    return canvas.toDataURL().split(',')[1]; }"""
+ENLARGED = """async ([body, pixels]) => {
+    const image = new Image(), [small, large] = ['canvas', 'canvas'].map(name => document.createElement(name));
+    image.src = 'data:image/png;base64,' + body;
+    await image.decode();
+    small.width = small.height = image.naturalWidth;  // Chromium enlarges an <img> otherwise than a canvas or bitmap
+    small.getContext('2d').drawImage(image, 0, 0);
+    large.width = large.height = pixels;
+    const pen = large.getContext('2d');
+    pen.imageSmoothingQuality = 'high';
+    pen.drawImage(small, 0, 0, pixels, pixels);
+    return large.toDataURL().split(',')[1]; }"""
+FACE = 640  # pixels of the canvas that shows the face
 
 
 class Watched(gan.Site):
@@ -28,15 +37,15 @@ class Watched(gan.Site):
 
     def __init__(self, run: Path):
         super().__init__(run, None, CPU)
-        self.asked, self.gate, self.inside, self.most = queue.Queue(), threading.Event(), 0, 0
+        self.vectors_asked, self.gate, self.inside, self.most = queue.Queue(), threading.Event(), 0, 0
         self.gate.set()
 
-    def respond(self, method: str, target: str) -> gan.Response:
+    def respond(self, method: str, target: str, body: bytes = b"") -> gan.Response:
         if not target.startswith("/generate"):
-            return super().respond(method, target)
+            return super().respond(method, target, body)
         self.inside += 1
         self.most = max(self.most, self.inside)
-        self.asked.put(target)
+        self.vectors_asked.put(target)
         assert self.gate.wait(PATIENCE)
         self.inside -= 1
         return super().respond(method, target)
@@ -55,8 +64,9 @@ def browser():
         missing("playwright, which drives Chromium, is not installed")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=[
-            "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--no-first-run", "--force-color-profile=srgb"])
+            "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", "--no-first-run", "--force-color-profile=srgb", "--use-fake-device-for-media-stream",
+            "--use-fake-ui-for-media-stream"])
         yield browser
         browser.close()
 
@@ -72,22 +82,29 @@ def server(run):
         yield server
 
 
-@pytest.fixture
-def page(browser, server):
-    """A fresh page that shows the face of BASE; it must log no error and ask no other host."""
-    server.site.asked, server.site.most = queue.Queue(), 0
+def open_page(browser, *own: str):
+    """A page whose `trouble` lists the errors that it logs and the addresses beside its own that it asks."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     context.set_default_timeout(MS)
     page = context.new_page()
     page.trouble = []
     page.on("console", lambda message: message.type in ("error", "warning") and page.trouble.append(message.text))
     page.on("pageerror", lambda error: page.trouble.append(str(error)))
-    page.on("request", lambda request: request.url.startswith((server.url, "blob:", "data:")) or page.trouble.append(request.url))
+    page.on("request", lambda request: request.url.startswith(own) or page.trouble.append(request.url))
+    return page
+
+
+@pytest.fixture
+def page(browser, server):
+    """A fresh page that shows the face of BASE; it must log no error and ask no other host."""
+    server.site.vectors_asked, server.site.most = queue.Queue(), 0
+    page = open_page(browser, server.url, "blob:", "data:")
     page.goto(server.url + link(BASE))
-    page.wait_for_selector("#face[src]")
+    await_shown(page, BASE)
+    page.locator("#numbers summary").click()
     yield page
     server.site.gate.set()
-    context.close()
+    page.context.close()
     assert page.trouble == []
 
 
@@ -109,33 +126,41 @@ def await_shown(page, values, checkpoint="last") -> None:
     page.wait_for_url(lambda url: np.allclose(in_link(url), values) and url.endswith(f"&c={checkpoint}"))
 
 
-def seen(page) -> np.ndarray:
+def pixels_of(body: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(body))).convert("RGB")).astype(int)
+
+
+def seen(page, canvas="#face") -> np.ndarray:
     """The picture on the screen, from its pixels."""
-    body = base64.b64decode(page.locator("#face").evaluate(PIXELS))
-    return np.asarray(Image.open(io.BytesIO(body)).convert("RGB")).astype(int)
+    return pixels_of(page.locator(canvas).evaluate("canvas => canvas.toDataURL().split(',')[1]"))
+
+
+def enlarged(page, path: Path, values, pixels=FACE) -> np.ndarray:
+    """This checkpoint's face, drawn without the server and enlarged by the same browser."""
+    png = gan.png_bytes(Image.fromarray(oracle(path, values).astype(np.uint8)))
+    return pixels_of(page.evaluate(ENLARGED, [base64.b64encode(png).decode(), pixels]))
 
 
 def shows(page, path: Path, values) -> bool:
-    """Whether the picture on the screen is this checkpoint's face, four times as large."""
-    face = Image.fromarray(oracle(path, values).astype(np.uint8)).resize((128, 128), Image.Resampling.BICUBIC)
-    return same(seen(page), np.asarray(face).astype(int), levels=2)
+    """Whether the picture on the screen is this checkpoint's face."""
+    return same(seen(page), enlarged(page, path, values), levels=3)
 
 
 def asked(page, server) -> list[tuple[list[float], str]]:
     """Vector and checkpoint of every /generate request since the last look."""
     found = []
-    while not server.site.asked.empty():
-        query = parse_qs(urlsplit(server.site.asked.get()).query)
+    while not server.site.vectors_asked.empty():
+        query = parse_qs(urlsplit(server.site.vectors_asked.get()).query)
         found.append(([float(v) for v in query["values"][0].split(",")], query["checkpoint"][0]))
     return found
 
 
 def sliders(page) -> list[float]:
-    return page.locator("input[type=range]").evaluate_all("all => all.map(one => one.valueAsNumber)")
+    return page.locator("#sliders input[type=range]").evaluate_all("all => all.map(one => one.valueAsNumber)")
 
 
 def boxes(page) -> list[float]:
-    return page.locator("input[type=number]").evaluate_all("all => all.map(one => one.valueAsNumber)")
+    return page.locator("#sliders input[type=number]").evaluate_all("all => all.map(one => one.valueAsNumber)")
 
 
 def changed(*changes: tuple[int, float]) -> list[float]:
@@ -150,7 +175,8 @@ def changed(*changes: tuple[int, float]) -> list[float]:
 def test_page_has_128_sliders_and_boxes(page):
     """Sliders s0..s127 and boxes n0..n127, in order, from -3 to 3."""
     for kind, prefix in (("range", "s"), ("number", "n")):
-        found = page.locator(f"input[type={kind}]").evaluate_all("all => all.map(one => [one.id, one.min, one.max])")
+        found = page.locator(f"#sliders input[type={kind}]").evaluate_all(
+            "all => all.map(one => [one.id, one.min, one.max])")
         assert found == [[f"{prefix}{i}", "-3", "3"] for i in range(128)]
 
 
@@ -167,7 +193,7 @@ def test_without_a_valid_link_a_random_face_is_shown(page, server, run, bad):
     page.goto("about:blank")
     asked(page, server)
     page.goto(server.url + bad)
-    page.wait_for_selector("#face[src]")
+    page.locator("#save:enabled").wait_for()
     (values, _), = asked(page, server)
     assert np.std(values) > 0.5 and sliders(page) == values
     assert shows(page, run / "last.pt", values)
@@ -207,8 +233,8 @@ def test_dragging_a_slider(page, server, run):
 def test_number_boxes(page):
     """A number typed into box i moves slider i, clamped to the limits; what is no number changes nothing."""
     values = list(BASE)
-    for i, (typed, value) in enumerate([("1.25", 1.25), ("-0.5", -0.5), ("99", 3), ("-3.004", -3), ("1e0", 1), ("", None),
-                                        ("-", None)], start=60):
+    for i, (typed, value) in enumerate([("1.25", 1.25), ("-0.5", -0.5), ("99", 3), ("-3.004", -3), ("1e0", 1),
+                                        ("", None), ("-", None)], start=60):
         box = page.locator(f"#n{i}")
         box.fill("")
         box.press_sequentially(typed)
@@ -251,13 +277,17 @@ def test_keys_and_double_click(page):
     assert np.std(sliders(page)) > 0.5
 
 
-def test_save_png(page, run, tmp_path):
-    """Save PNG downloads the picture of the shown vector."""
+@pytest.mark.parametrize("scale", [1, 4, 8])
+def test_save_png(page, run, tmp_path, scale):
+    """Save PNG downloads the picture of the shown vector at the chosen size."""
+    page.locator("#scale").select_option(str(scale))
     with page.expect_download() as download:
         page.locator("#save").click()
     download.value.save_as(tmp_path / "saved")
     assert download.value.suggested_filename.endswith(".png")
-    assert same(picture((tmp_path / "saved").read_bytes()), seen(page)) and shows(page, run / "last.pt", BASE)
+    saved = pixels_of(base64.b64encode((tmp_path / "saved").read_bytes()))
+    assert saved.shape == (32 * scale, 32 * scale, 3)
+    assert same(saved, enlarged(page, run / "last.pt", BASE, 32 * scale), levels=3)
 
 
 def test_checkpoint_menu(page, server, run):
@@ -277,8 +307,8 @@ def test_checkpoint_menu_tells_what_the_judge_says(page, run):
     try:
         (run / "log.jsonl").write_text('{"epoch": 2, "scores": {"frechet": 12.34}}\n')
         page.reload()
-        await_shown(page, BASE)
-        labels = page.locator("#checkpoint option").all_inner_texts()
+        page.locator("#save:enabled").wait_for()
+        labels = page.locator("#checkpoint option").all_text_contents()
         assert sorted(labels) == sorted(["epoch 4 (last)", "epoch 2 · distance 12.3", "epoch 4"])
     finally:
         (run / "log.jsonl").write_bytes(log)
@@ -289,14 +319,14 @@ def test_one_request_in_flight_and_the_newest_next(page, server, run):
     asked(page, server)
     server.site.gate.clear()
     page.locator("#s1").fill("1")
-    assert "values=" in server.site.asked.get(timeout=PATIENCE)  # the server has it and holds it up
+    assert "values=" in server.site.vectors_asked.get(timeout=PATIENCE)  # the server has it and holds it up
     for number in range(10):
         page.locator("#s2").fill(str(number / 10))
     page.locator("#random").click()
     page.locator("#reset").click()
     page.locator("#s3").fill("-1.5")
     newest = [0, 0, 0, -1.5] + [0] * 124
-    assert sliders(page) == newest and server.site.asked.empty()
+    assert sliders(page) == newest and server.site.vectors_asked.empty()
     server.site.gate.set()
     await_shown(page, newest)
     assert asked(page, server) == [(newest, "last")] and server.site.most == 1
@@ -332,3 +362,319 @@ def test_all_sliders_fit_a_phone(page):
     """On a narrow screen nothing is wider than the screen."""
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+# ---- touch, paint, directions ----
+
+def await_changed(page, values) -> list[float]:
+    """Wait for a face other than that of these values and give its vector."""
+    page.wait_for_url(lambda url: not np.allclose(in_link(url), values))
+    return in_link(page.url)
+
+
+def post(server, path, **body) -> dict:
+    answer = gan.Site.respond(server.site, "POST", path, json.dumps(body).encode())
+    assert answer.status == 200, answer.body
+    return json.loads(answer.body)
+
+
+def moved(vector, amount) -> list[float]:
+    return [round(float(np.clip(v + amount * d, -3, 3)), 2) for v, d in zip(BASE, vector)]
+
+
+def push_to_the_end(page, panel, i) -> float:
+    """Put a strip's slider at its right end, with the keyboard; its value."""
+    slider = page.locator(f"{panel} .strips input[type=range]").nth(i)
+    slider.press("End")
+    return slider.evaluate("one => one.valueAsNumber")
+
+
+def press_face(page, x, y) -> None:
+    box = page.locator("#face").bounding_box()
+    page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+
+
+def brush_face(page, x, y) -> None:
+    box = page.locator("#face").bounding_box()
+    page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + (x + 0.2) * box["width"], box["y"] + y * box["height"], steps=4)
+    page.mouse.up()
+
+
+def test_touch_a_region(page, server, run):
+    """The part under the pointer lights up; a press brings its sliders, and they move along the server's vectors."""
+    page.locator("#parts button").first.wait_for()
+    regions = post(server, "/api/regions", values=BASE)
+    assert page.locator("#parts button").count() == len(regions["regions"])
+    page.locator("#overlay").hover(position={"x": 40, "y": 40})
+    assert len(np.unique(page.locator("#overlay").evaluate(
+        "canvas => [...canvas.getContext('2d').getImageData(0, 0, 640, 640).data.filter((_, i) => i % 4 === 3)]"))) > 1
+    press_face(page, 0.5, 0.25)
+    k = regions["map"][8 * 32 + 16]
+    page.locator(f"#parts button[aria-pressed=true]:nth-child({k + 1})").wait_for()
+    sliders_there = regions["regions"][k]["sliders"]
+    assert page.locator("#touch .strip").count() == len(sliders_there)
+    expected = moved(sliders_there[1]["vector"], push_to_the_end(page, "#touch", 1))
+    await_shown(page, expected)
+    assert sliders(page) == expected and shows(page, run / "last.pt", expected)
+
+
+def test_brush_a_region(page, server):
+    """A stroke over the face brings the sliders of what it covered."""
+    page.locator("#parts button").first.wait_for()
+    with page.expect_request("**/api/region") as asked_for:
+        brush_face(page, 0.3, 0.5)
+    mask = np.reshape(asked_for.value.post_data_json["mask"], (32, 32))
+    assert mask[16, 10] == mask[16, 15] == 1 and mask[:8].max() == mask[24:].max() == 0
+    page.locator("#touched", has_text="What you brushed").wait_for()
+    expected = moved(post(server, "/api/region", **asked_for.value.post_data_json)["sliders"][0]["vector"],
+                     push_to_the_end(page, "#touch", 0))
+    await_shown(page, expected)
+
+
+def test_paint(page):
+    """Brushing with Darker makes what is under the brush darker; it is one step of undo."""
+    before = seen(page)
+    page.locator("#tool-paint").click()
+    page.locator("[data-paint=dark]").click()
+    brush_face(page, 0.4, 0.5)
+    await_changed(page, BASE)
+    page.locator("#undo").click()
+    await_shown(page, BASE)
+    page.locator("#redo").click()
+    await_changed(page, BASE)
+    assert seen(page)[280:360, 256:384].mean() < before[280:360, 256:384].mean()
+
+
+def test_directions_and_their_names(page, server, run):
+    """Ten directions with strips; their sliders move along them; a name stays in the run."""
+    page.locator("#tool-directions").click()
+    page.locator("#directions .strip").nth(9).wait_for()
+    vectors = json.loads(gan.Site.respond(server.site, "GET", "/api/directions").body)["directions"]
+    expected = moved(vectors[2]["vector"], push_to_the_end(page, "#directions", 2))
+    await_shown(page, expected)
+    box = page.locator("#directions input[type=text]").nth(2)
+    box.fill("smile <b>")
+    box.press("Enter")
+    page.locator("#status", has_text="stays with this run").wait_for()
+    page.reload()
+    page.locator("#tool-directions").click()
+    page.locator("#directions .strip").nth(9).wait_for()
+    assert page.locator("#directions input[type=text]").nth(2).input_value() == "smile <b>"
+
+
+# ---- photo ----
+
+def photo_file() -> dict:
+    """A photo of one drawn face for a file input."""
+    image = Image.fromarray(gan.draw_face_array(3, 7, 128)).resize((300, 300))
+    body = io.BytesIO()
+    image.save(body, "JPEG")
+    return {"name": "me.jpg", "mimeType": "image/jpeg", "buffer": body.getvalue()}
+
+
+def photo_answer(server, box: str) -> dict:
+    """What the server makes of a square of that photo."""
+    return json.loads(gan.Site.respond(server.site, "POST", f"/api/photo?box={box}", photo_file()["buffer"]).body)
+
+
+def test_photo_by_a_square(page, server):
+    """Where no face is found the person sets a square; the search then shows its steps and ends in a face to touch."""
+    note = "Drag the square over the face."
+    none = {**photo_answer(server, "0,0,300,300"), "faces": [], "note": note}
+    page.route("**/api/photo?*", lambda route: route.continue_() if "box=" in route.request.url else
+               route.fulfill(json=none))
+    page.locator("#tool-photo").click()
+    page.locator("#file").set_input_files(photo_file())
+    page.locator("#use").wait_for()
+    assert page.locator("#note").text_content() == note
+    page.locator("#square").press("ArrowLeft")
+    page.locator("#side").fill("0.5")
+    with page.expect_request("**/api/photo?*box=*") as sent:
+        page.locator("#use").click()
+    left, top, right, bottom = map(int, parse_qs(urlsplit(sent.value.url).query)["box"][0].split(","))
+    assert (left, top, right, bottom) == (54, 60, 204, 210)
+    page.locator("#note", has_text="Found").wait_for()
+    assert page.locator("#likeness").is_visible() and page.locator("#progress").is_hidden()
+    await_changed(page, BASE)
+    page.locator("#undo").click()  # the whole search is one step
+    await_shown(page, BASE)
+
+
+def test_photo_of_several_faces(page, server):
+    """Of several faces the person picks one, and that one is looked for."""
+    answer, other = photo_answer(server, "0,0,300,300"), photo_answer(server, "90,90,200,200")
+    two = {**answer, "faces": answer["faces"] + other["faces"], "note": ""}
+    page.route("**/api/photo?*", lambda route: route.fulfill(json=two))
+    page.locator("#tool-photo").click()
+    page.locator("#file").set_input_files(photo_file())
+    with page.expect_request("**/api/invert") as sent:
+        page.locator("#found button").nth(1).click()
+    assert sent.value.post_data_json["target"] == other["faces"][0]["target"]
+    page.locator("#note", has_text="Found").wait_for()
+
+
+def test_photo_that_is_none(page):
+    """What the server says of a file that is no photo stands beside the choice of the file."""
+    page.locator("#tool-photo").click()
+    page.locator("#file").set_input_files({"name": "x.jpg", "mimeType": "image/jpeg", "buffer": b"no photo"})
+    page.locator("#note", has_text="Looking").wait_for(state="detached")
+    page.locator("#note").filter(has_not_text="Looking").wait_for()
+    assert page.locator("#note").text_content()
+    page.trouble.clear()
+
+
+def test_camera(page):
+    """A picture from the camera is sent as a photo."""
+    page.locator("#tool-photo").click()
+    page.locator("#camera-on").click()
+    page.locator("#shoot").wait_for()
+    with page.expect_request("**/api/photo?*") as sent:
+        page.locator("#shoot").click()
+    assert sent.value.response().status == 200 and page.locator("#camera").is_hidden()
+
+
+# ---- mix, keep, learn, copy ----
+
+def test_mix_slider_and_family(page):
+    """The slider goes from one face to the other over the sphere; a child becomes the face and the first parent."""
+    page.locator("#tool-mix").click()
+    page.locator("#between").fill("1")
+    other = await_changed(page, BASE)
+    page.locator("#between").fill("0.5")
+    middle = await_changed(page, other)
+    angle = np.arccos(np.dot(BASE, other) / np.linalg.norm(BASE) / np.linalg.norm(other))
+    expected = (np.array(BASE) + other) * np.sin(angle / 2) / np.sin(angle)
+    assert np.allclose(middle, expected.clip(-3, 3), atol=0.006)
+    page.locator("#family").click()
+    page.locator("#children button").nth(8).wait_for()
+    page.locator("#children button").nth(4).click()
+    child = await_changed(page, middle)
+    near = np.minimum(np.abs(np.array(child) - BASE), np.abs(np.array(child) - other))
+    assert np.median(near) < np.median(np.abs(np.array(BASE) - other)) and 8 < np.linalg.norm(child) < 15
+    assert page.locator("#between").input_value() == "0"
+
+
+def test_undo_and_redo_bring_everything_back(page):
+    """Faces, numbers, checkpoint and shelf; a drag is one step; a new change forgets what was undone."""
+    page.locator("#s3").fill("1")
+    await_shown(page, changed((3, 1)))
+    page.locator("#checkpoint").select_option("2")
+    page.locator("#keep").click()
+    page.locator("#shelf button.drop").wait_for()
+    for back in ("#shelf-hint", "#undo"):
+        page.locator("#undo").click()
+        page.locator(back).wait_for()
+    await_shown(page, changed((3, 1)))
+    page.keyboard.press("Control+z")
+    await_shown(page, BASE)
+    for _ in range(3):
+        page.keyboard.press("Control+y")
+    await_shown(page, changed((3, 1)), "2")
+    page.locator("#shelf button.drop").wait_for()
+    page.locator("#undo").click()
+    page.locator("#s4").fill("1")
+    assert page.locator("#redo").is_disabled()
+
+
+def test_shelf_sheet_film_and_vector(page, run, tmp_path):
+    """Kept faces survive a reload; a press shows one; sheet, film and numbers are saved, and numbers come back."""
+    page.locator("#keep").click()
+    page.locator("#random").click()
+    other = await_changed(page, BASE)
+    page.locator("#keep").click()
+    page.reload()
+    page.locator("#shelf .drop").nth(1).wait_for()
+
+    def saved(button) -> Path:
+        with page.expect_download() as download:
+            page.locator(button).click()
+        download.value.save_as(tmp_path / download.value.suggested_filename)
+        return tmp_path / download.value.suggested_filename
+
+    page.locator("#scale").select_option("2")
+    sheet = pixels_of(base64.b64encode(saved("#sheet").read_bytes()))
+    face = enlarged(page, run / "last.pt", BASE, 64)
+    assert sheet.shape == (64, 128, 3)
+    assert np.abs(sheet[:, :64] - face).mean() < 3 and np.abs(sheet[:, 64:] - face).mean() > 20
+    with Image.open(saved("#film")) as film:
+        assert film.format == "WEBP" and film.n_frames > 10
+    numbers = saved("#vector")
+    assert np.allclose(json.loads(numbers.read_text())["values"], other)
+    page.locator("#shelf button:not(.drop)").first.click()
+    await_shown(page, BASE)
+    page.evaluate("""text => { const dropped = new DataTransfer();
+        dropped.items.add(new File([text], 'face.json', { type: 'application/json' }));
+        dispatchEvent(new DragEvent('drop', { dataTransfer: dropped })); }""", numbers.read_text())
+    await_shown(page, other)
+
+
+def test_seed_and_length(page):
+    """A seed gives the same face again; plainer and bolder scale the vector and keep its direction."""
+    page.locator("#seed").fill("")
+    page.locator("#seed").press_sequentially("42")
+    page.locator("#seed").press("Enter")
+    first = await_changed(page, BASE)
+    page.locator("#random").click()
+    await_changed(page, first)
+    assert page.locator("#seed").input_value() not in ("", "42")
+    page.locator("#seed").fill("")
+    page.locator("#seed").press_sequentially("42")
+    page.locator("#seed").press("Enter")
+    await_shown(page, first)
+    page.locator("#length").fill("0.5")
+    short = np.array(await_changed(page, first))
+    assert np.linalg.norm(short) == pytest.approx(0.5 * 128 ** 0.5, rel=0.01)
+    assert np.dot(short, first) / np.linalg.norm(short) / np.linalg.norm(first) > 0.999
+
+
+def test_watch_it_learn(page, run):
+    """The epoch slider shows training's grids; a press loads that epoch's checkpoint; a film of them can be saved."""
+    page.locator("#tool-learn").click()
+    page.locator("#epoch-text", has_text="Epoch 4").wait_for()
+    page.locator("#epoch").press("Home")
+    page.locator("#epoch-text", has_text="Epoch 0").wait_for()
+    assert page.locator("#load").is_disabled() and page.locator("#grid").get_attribute("src") == "/samples/0"
+    for _ in range(2):
+        page.locator("#epoch").press("ArrowRight")
+    page.locator("#epoch-text", has_text="Epoch 2").wait_for()
+    page.locator("#load").click()
+    await_shown(page, BASE, "2")
+    with page.expect_download() as film:
+        page.locator("#learn a").click()
+    assert Path(film.value.path()).read_bytes()[8:12] == b"WEBP"
+
+
+def test_is_it_a_copy(page):
+    """The nearest training faces of the face shown, with a verdict in words."""
+    page.locator("#tool-copy").click()
+    page.locator("#compare").click()
+    page.locator("#near").wait_for()
+    assert page.locator("#near").evaluate("image => image.naturalWidth") == 5 * 32
+    assert "nearest training face is" in page.locator("#verdict").text_content()
+
+
+# ---- the exported file ----
+
+def test_exported_page(browser, run, tmp_path):
+    """It opens from a disk without a server, asks nobody, and draws the server's faces within 3 of 255."""
+    settings = gan.ExportSettings(file=str(tmp_path / "faces.html"), run=str(run))
+    assert gan.command_export(settings) == 0
+    page = open_page(browser, "file:", "blob:", "data:")
+    page.goto((tmp_path / "faces.html").as_uri() + link(BASE))
+    page.locator("#save:enabled").wait_for()
+    face = seen(page)
+    assert np.abs(face - enlarged(page, run / "last.pt", BASE)).mean() < 3
+    assert page.locator("#tools button").all_inner_texts() == ["Directions", "Mix"]
+    page.locator("#directions .strip").nth(9).wait_for()
+    push_to_the_end(page, "#directions", 0)
+    await_changed(page, BASE)
+    assert not same(seen(page), face)
+    page.locator("#tool-mix").click()
+    page.locator("#family").click()
+    page.locator("#children button").nth(8).wait_for()
+    page.locator("#keep").click()
+    page.locator("#shelf .drop").wait_for()
+    page.context.close()
+    assert page.trouble == []

@@ -52,7 +52,7 @@ def precision(request):
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize(("precision", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-3)],
+@pytest.mark.parametrize(("precision", "bound"), [(torch.float64, 1e-10), (torch.float32, 5e-3)],
                          indirect=["precision"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("turn", ["discriminator", "generator"])
@@ -68,21 +68,22 @@ def test_one_update_is_the_references(model, turn, precision, bound):
     draws = torch.Generator()
     draws.set_state(pair.random.get_state())
     z = torch.randn(20, 128, generator=draws)
+    near = partial(pytest.approx, rel=min(bound, 1e-5), abs=min(bound, 1e-6))
     pair.balance.discriminator_left = int(turn == "discriminator")
     row = pair.train_on(real.contiguous(memory_format=torch.channels_last))
     row = dict(zip(gan.COLUMNS, row.tolist(), strict=True))
     if turn == "discriminator":
         loss = plain.update_discriminator(real, z, torch.rand(20, generator=draws))
-        assert row["discriminator_loss"] + row["gradient_penalty"] == pytest.approx(loss.item(), rel=min(bound, 1e-5))
+        assert row["discriminator_loss"] + row["gradient_penalty"] == near(loss.item())
         trained, other, oracle = pair.discriminator, pair.generator, plain.d
     else:
         loss = plain.update_generator(z)
-        assert row["generator_loss"] == pytest.approx(loss.item(), rel=min(bound, 1e-5))
+        assert row["generator_loss"] == near(loss.item())
         trained, other, oracle = pair.generator, pair.discriminator, plain.g
     assert all(weight.grad is None for weight in other.parameters()), "computed gradients that nobody uses"
     for ours, theirs, before in zip(trained.parameters(), oracle.parameters(), start[turn], strict=True):
         assert (ours.grad - theirs.grad).norm() <= bound * theirs.grad.norm()
-        assert (ours - theirs).norm() <= 0.02 * (theirs - before).norm()  # Adam divides rounding errors by themselves
+        assert (ours - theirs).norm() <= 0.15 * (theirs - before).norm()  # Adam makes a whole step of a rounding error
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,0 +1,453 @@
+"""The studio's requests: what each answers, what each refuses, and that long ones keep nobody waiting."""
+import base64
+import io
+import json
+import threading
+from contextlib import closing
+from http.client import HTTPConnection
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_gan
+from PIL import Image
+from soak import PATIENCE, request, statuses, talk
+from test_server import BASE, CPU, ask, changed, oracle, picture, same, serving, target, vivid_copy
+
+import gan
+
+SIZE = 32
+MASK = [1.0] * (SIZE * SIZE // 2) + [0.0] * (SIZE * SIZE // 2)
+
+
+@pytest.fixture(scope="module")
+def run(trained, tmp_path_factory):
+    """A run whose faces differ from each other."""
+    return vivid_copy(trained, tmp_path_factory.mktemp("studio"))
+
+
+@pytest.fixture(scope="module")
+def site(run):
+    return gan.Site(run, None, CPU)
+
+
+def post(site, path, body=None, **more):
+    """The answer to a POST: JSON where it is that, else the Response."""
+    response = site.respond("POST", path, body if isinstance(body, bytes) else json.dumps(more).encode())
+    return json.loads(response.body) if response.kind == "application/json" else response
+
+
+def get(site, path):
+    response = site.respond("GET", path)
+    return json.loads(response.body) if response.kind == "application/json" else response
+
+
+def png_url(image: np.ndarray | Image.Image) -> str:
+    return gan.data_url(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image, np.uint8)))
+
+
+def image_of(url: str) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(url.partition("base64,")[2]))) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def blurred(image: np.ndarray) -> np.ndarray:
+    """Grey, in fields of 8×8 pixels: what a film's compression leaves as it was."""
+    return image.mean(2).reshape(SIZE // 8, 8, SIZE // 8, 8).mean((1, 3))
+
+
+def photo(width=60, height=40) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# ---- what is answered ----
+
+def test_faces_stand_side_by_side(site, run):
+    """Each as /generate draws it, of the asked checkpoint."""
+    vectors = [changed(i, 3) for i in range(5)]
+    for which in ("last", "2"):
+        strip = picture(post(site, "/api/faces", vectors=vectors, checkpoint=which).body)
+        file = {"last": "last.pt", "2": "epoch-00002.pt"}[which]
+        assert strip.shape == (SIZE, 5 * SIZE, 3)
+        assert all(same(strip[:, i * SIZE:(i + 1) * SIZE], oracle(run / file, z)) for i, z in enumerate(vectors))
+    assert picture(post(site, "/api/faces", vectors=vectors, scale=3).body).shape == (3 * SIZE, 15 * SIZE, 3)
+
+
+def test_directions_change_the_face_and_keep_their_names(trained, tmp_path):
+    """Ten unit vectors, strongest first; a name stays in the run's folder, for a new server too, and can be taken away."""
+    run = vivid_copy(trained, tmp_path)
+    site = gan.Site(run, None, CPU)
+    found = get(site, "/api/directions")["directions"]
+    strengths = [one["strength"] for one in found]
+    assert len(found) == 10 and strengths == sorted(strengths, reverse=True) and {one["name"] for one in found} == {""}
+    assert all(np.linalg.norm(one["vector"]) == pytest.approx(1, abs=1e-3) for one in found)
+    named = post(site, "/api/directions/name", index=3, name="lächelt 🙂")["directions"]
+    assert [one["name"] for one in named] == [""] * 3 + ["lächelt 🙂"] + [""] * 6
+    assert get(gan.Site(run, None, CPU), "/api/directions") == {"directions": named}
+    assert post(site, "/api/directions/name", index=3, name="")["directions"] == found
+    (run / "directions.json").write_text('{"name": [3], "x": null}')  # written by someone else: no names, no fault
+    assert get(site, "/api/directions")["directions"] == found
+
+
+def test_names_are_for_the_same_direction_only(tmp_path):
+    """What is nearly parallel has the name; what is not has none."""
+    one, other = torch.eye(128)[:2]
+    gan.name_direction(tmp_path, one, "one")
+    told = gan.describe_directions(tmp_path, torch.stack([one, other, one * 0.99 + other * 0.1]), torch.ones(3))
+    assert [direction["name"] for direction in told] == ["one", "", "one"]
+
+
+def test_regions_cover_the_face_with_sliders(site):
+    """A number for each pixel, and three to five sliders for each number; they change their region more than the rest."""
+    found = post(site, "/api/regions", values=BASE)
+    regions = np.array(found["map"]).reshape(SIZE, SIZE)
+    assert set(regions.ravel()) <= set(range(len(found["regions"]))) and len(set(regions.ravel())) > 3
+    for number, region in enumerate(found["regions"]):
+        assert 3 <= len(region["sliders"]) <= 5
+        if (regions == number).sum() > 20:
+            assert region["sliders"][0]["inside"] > 1.5 * region["sliders"][0]["outside"]
+
+
+def test_a_region_slider_moves_its_region(site, run):
+    """In the pictures themselves, not by what is said of it."""
+    slider = post(site, "/api/region", values=BASE, mask=MASK)["sliders"][0]
+    moved = np.array(BASE) + 0.5 * np.array(slider["vector"])
+    change = (oracle(run / "last.pt", moved.tolist()) - oracle(run / "last.pt", BASE)) ** 2
+    assert change[:SIZE // 2].mean() > 3 * change[SIZE // 2:].mean()
+
+
+def test_paint_brings_the_face_nearer_to_the_painted(site, run):
+    """Where the mask is, and the rest stays nearer to what it was than another face is."""
+    face, other = oracle(run / "last.pt", BASE), oracle(run / "last.pt", changed(0, 3)[::-1])
+    painted = face.copy()
+    painted[:SIZE // 2] = other[:SIZE // 2]
+    found = post(site, "/api/paint", values=BASE, target=png_url(painted), mask=MASK)["values"]
+    after = oracle(run / "last.pt", found)
+    assert (abs(after - painted)[:SIZE // 2]).mean() < 0.8 * (abs(face - painted)[:SIZE // 2]).mean()
+    assert (abs(after - face)[SIZE // 2:]).mean() < (abs(other - face)[SIZE // 2:]).mean()
+
+
+def test_a_photo_is_cut_where_the_box_is(site):
+    """A box inside is resized, one that hangs over is mirrored, and the size of the upright photo is told."""
+    image = Image.open(io.BytesIO(photo()))
+    found = post(site, "/api/photo?box=4,4,36,36", photo())
+    assert (found["width"], found["height"]) == (60, 40) and len(found["faces"]) == 1
+    assert found["faces"][0]["box"] == [4, 4, 36, 36] and image_of(found["picture"]).shape == (40, 60, 3)
+    assert (image_of(found["faces"][0]["target"]) == np.asarray(image.crop((4, 4, 36, 36)))).all()
+    over = image_of(post(site, "/api/photo?box=-10,0,22,32", photo())["faces"][0]["target"])
+    assert (over[:, 9] == over[:, 10]).all() and (over[:, 0] == over[:, 19]).all()
+
+
+@pytest.mark.parametrize("boxes, note", [([], "no face"), ([(0, 0, 30, 30), (20.5, 5, 45.5, 30)], ""), (None, "pip install")])
+def test_faces_of_a_photo_are_found(site, monkeypatch, boxes, note):
+    """Each found one as a target; none found or no detector there: a note says what to do."""
+    def find(image):
+        if boxes is None:
+            raise gan.UserError("finding faces needs: pip install it")
+        return boxes
+    monkeypatch.setattr(gan, "find_faces", find)
+    found = post(site, "/api/photo", photo())
+    assert [tuple(one["box"]) for one in found["faces"]] == (boxes or []) and note in found["note"]
+    assert all(image_of(one["target"]).shape == (SIZE, SIZE, 3) for one in found["faces"])
+
+
+def test_a_photo_becomes_a_face_step_by_step(site, run):
+    """Each answer is nearer than the one before until it says done; a face of the network is found nearly again."""
+    url, values, distances = png_url(oracle(run / "last.pt", BASE)), None, []
+    for _ in range(13):
+        found = post(site, "/api/invert", target=url, values=values)
+        values = found["values"]
+        distances.append(found["distance"])
+        if found["done"]:
+            break
+    assert found["done"] and distances == sorted(distances, reverse=True) and distances[-1] < distances[0] / 2
+
+
+def test_the_grids_and_the_log_of_a_run_are_told(trained, tmp_path):
+    """As they lie there, also those that came after the server began; the log thinned to a thousand, judged ones first."""
+    run = vivid_copy(trained, tmp_path)
+    site = gan.Site(run, None, CPU)
+    epochs = get(site, "/api/samples")["epochs"]
+    assert epochs[0] == 0 and epochs[-1] == 4 and get(site, "/api/samples")["tile"] == SIZE
+    (run / "samples" / "epoch-00007.png").write_bytes((run / "samples" / "epoch-00004.png").read_bytes())
+    assert get(site, "/api/samples")["epochs"] == [*epochs, 7]
+    assert get(site, "/samples/7").body == (run / "samples" / "epoch-00004.png").read_bytes()
+    assert [line["epoch"] for line in get(site, "/api/log")["lines"]] == [1, 2, 3, 4]
+    lines = [{"epoch": epoch} | ({"scores": {}} if epoch % 50 == 0 else {}) for epoch in range(1, 5001)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = [line["epoch"] for line in get(site, "/api/log")["lines"]]
+    assert len(told) <= 1000 and told[-1] == 5000 and set(range(50, 5001, 50)) <= set(told) and told == sorted(told)
+
+
+def test_a_run_is_a_film(trained, tmp_path):
+    """A frame a grid: of one face, of all."""
+    run = vivid_copy(trained, tmp_path)
+    for epoch, grid in enumerate(sorted((run / "samples").glob("epoch-*.png"))):  # equal frames would be merged
+        gan.write_grid(grid, torch.full((100, 3, SIZE, SIZE), 40 * epoch, dtype=torch.uint8))
+    site = gan.Site(run, None, CPU)
+    for path, side in (("/api/timelapse?face=11", 3 * SIZE), ("/api/timelapse", (10 * (SIZE + 2) + 2) // 2)):
+        response = get(site, path)
+        with Image.open(io.BytesIO(response.body)) as film:
+            assert response.kind == "image/webp" and film.size == (side, side)
+            assert film.n_frames == len(get(site, "/api/samples")["epochs"])
+
+
+def test_a_film_passes_through_the_faces(site, run):
+    """It starts and ends at the faces given, and a loop ends before it comes round."""
+    vectors = [BASE, changed(5, 3)[::-1]]
+    for loop, count in ((False, 25), (True, 48)):
+        response = post(site, "/api/film", vectors=vectors, scale=1, loop=loop)
+        with Image.open(io.BytesIO(response.body)) as film:
+            assert film.format == "WEBP" and film.size == (SIZE, SIZE) and film.n_frames == count
+            film.seek(24)
+            there = blurred(np.asarray(film.convert("RGB")))
+        last, first = (abs(there - blurred(oracle(run / "last.pt", z))).mean() for z in (vectors[1], BASE))
+        assert last < first / 2
+
+
+def test_neighbours_are_the_most_alike(site, run, dataset, monkeypatch):
+    """A training face has itself for nearest, at no distance; the rest are farther in order."""
+    images = gan.load_faces(dataset)[0]
+    monkeypatch.setattr(gan, "draw", lambda generator, z, chunk=100: images[7:8])
+    found = post(gan.Site(run, None, CPU), "/api/neighbours", values=BASE)
+    assert found["distances"] == sorted(found["distances"]) and found["distances"][0] == pytest.approx(0, abs=0.05)
+    assert (image_of(found["picture"])[:, :SIZE] == images[7].permute(1, 2, 0).numpy()).all()
+
+
+def test_without_the_dataset_neighbours_are_a_404(trained, tmp_path):
+    """With a line that says so."""
+    run = vivid_copy(trained, tmp_path)
+    state = gan.read_checkpoint(run / "last.pt")
+    state["settings"]["data"] = "gone"
+    gan.write_checkpoint(run / "last.pt", state)
+    site = gan.Site(run, None, CPU)
+    response = post(site, "/api/neighbours", values=BASE)
+    assert response.status == 404 and b"training faces" in response.body and not get(site, "/api/model")["dataset"]
+
+
+# ---- what is refused ----
+
+@pytest.mark.parametrize("path, body, named", [
+    ("/api/faces", {}, "vectors"), ("/api/faces", {"vectors": []}, "vectors"), ("/api/faces", {"vectors": [BASE] * 65}, "vectors"),
+    ("/api/faces", {"vectors": [BASE[1:]]}, "128 numbers"), ("/api/faces", {"vectors": [BASE, changed(3, "1")]}, "value 3"),
+    ("/api/faces", {"vectors": [changed(9, 101)]}, "value 9"), ("/api/faces", {"vectors": [changed(9, True)]}, "value 9"),
+    ("/api/faces", {"vectors": [changed(9, float("nan"))]}, "value 9"), ("/api/faces", {"vectors": [changed(9, 10 ** 400)]}, "value 9"),
+    ("/api/faces", {"vectors": [BASE] * 64, "scale": 8}, "too large"), ("/api/faces", {"vectors": [BASE], "scale": 1.5}, "scale"),
+    ("/api/faces", {"vectors": [BASE], "checkpoint": "../x"}, "checkpoint"), ("/api/faces", {"vectors": [BASE], "checkpoint": 2}, "checkpoint"),
+    ("/api/faces", {"vectors": [BASE], "checkpoint": ["2"]}, "checkpoint"), ("/api/regions", {}, "values"),
+    ("/api/regions", {"values": "1,2"}, "values"), ("/api/region", {"values": BASE}, "mask"),
+    ("/api/region", {"values": BASE, "mask": [0] * SIZE * SIZE}, "mask is empty"), ("/api/region", {"values": BASE, "mask": MASK[1:]}, "mask"),
+    ("/api/region", {"values": BASE, "mask": [*MASK[1:], 1.1]}, "mask"), ("/api/paint", {"values": BASE, "mask": MASK}, "target"),
+    ("/api/paint", {"values": BASE, "mask": MASK, "target": "x"}, "target"), ("/api/invert", {"target": None}, "target"),
+    ("/api/invert", {"target": "data:image/png;base64,AAAA"}, "target"), ("/api/invert", {"target": {"a": 1}}, "target"),
+    ("/api/invert", {"target": png_url(np.zeros((31, 32, 3)))}, "target"), ("/api/directions/name", {"index": 10, "name": ""}, "index"),
+    ("/api/directions/name", {"index": 0}, "name"), ("/api/directions/name", {"index": 0, "name": "x" * 41}, "name"),
+    ("/api/directions/name", {"index": 0, "name": "a\nb"}, "name"), ("/api/film", {"vectors": [BASE]}, "vectors"),
+    ("/api/film", {"vectors": [BASE] * 33}, "vectors"), ("/api/film", {"vectors": [BASE] * 2, "scale": 5}, "scale"),
+    ("/api/neighbours", {"values": None}, "values")])
+def test_wrong_question_is_named(site, path, body, named):
+    """A 4xx whose one line names what is wrong."""
+    response = site.respond("POST", path, json.dumps(body).encode())
+    assert response.status in (400, 404) and named in response.body.decode() and response.body.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b"1" * 10_000, b'"x"', b"null"])
+def test_a_body_that_is_no_object_is_refused(site, body):
+    """Whatever else it is."""
+    response = site.respond("POST", "/api/faces", body)
+    assert response.status == 400 and b"JSON" in response.body
+
+
+@pytest.mark.parametrize("query, body", [
+    ("", b""), ("", b"no photo"), ("", b"GIF89a"), ("?box=1,2,3", photo()), ("?box=a,b,c,d", photo()), ("?box=0,0,4,4", photo()),
+    ("?box=0,0,20,30", photo()), ("?box=100,0,130,30", photo()), ("?box=-300,-300,300,300", photo()), ("?box=1e9,0,1e9,0", photo()),
+    ("?box=nan,0,1,1", photo())])
+def test_a_hostile_photo_or_box_gets_one_line(site, query, body):
+    """And nothing else happens."""
+    response = site.respond("POST", "/api/photo" + query, body)
+    assert response.status == 400 and response.body.count(b"\n") == 1 and b"0x" not in response.body
+
+
+@pytest.mark.parametrize("path", ["/samples/", "/samples/99", "/samples/..", "/samples/../last.pt", "/samples/0/", "/samples/%30",
+                                  "/samples/-1", "/samples/real", "/samples/٣", "/samples/999999999"])
+def test_other_grids_are_not_reachable(site, path):
+    """Only those in the list."""
+    assert site.respond("GET", path).status in (400, 404)
+
+
+def test_get_and_post_are_not_the_same(site):
+    """Each address takes one of them, and says which."""
+    assert dict(site.respond("GET", "/api/faces").headers)["Allow"] == "POST"
+    assert dict(site.respond("POST", "/api/directions").headers)["Allow"] == "GET, HEAD"
+
+
+# ---- sockets ----
+
+def test_a_long_request_keeps_no_slider_waiting(run, monkeypatch):
+    """While one client's touch is being worked on, and another one's photo waits behind it, faces are drawn for all."""
+    working, go_on, real = threading.Event(), threading.Event(), gan.find_regions
+
+    def slow(*arguments):
+        working.set()
+        assert go_on.wait(PATIENCE)
+        return real(*arguments)
+    monkeypatch.setattr(gan, "find_regions", slow)
+    answers = []
+
+    def long_request(port, path, **body):
+        text = json.dumps(body).encode()
+        answers.append(statuses(talk(port, request(port, "POST", path, f"Content-Length: {len(text)}", body=text))))
+    with serving(gan.Site(run, None, CPU)) as server:
+        threads = [threading.Thread(target=long_request, args=(server.port, "/api/regions"), kwargs={"values": BASE}),
+                   threading.Thread(target=long_request, args=(server.port, "/api/invert"),
+                                    kwargs={"target": png_url(np.zeros((SIZE, SIZE, 3)))})]
+        threads[0].start()
+        assert working.wait(PATIENCE)
+        threads[1].start()
+        drawn = [statuses(talk(server.port, request(server.port, path=target(changed(i, 2))))) for i in range(20)]
+        assert drawn == [[200]] * 20 and answers == []
+        go_on.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert answers == [[200], [200]]
+
+
+def test_a_photo_may_be_large_and_nothing_else(run):
+    """A photo of several MB is taken; JSON of the size, and a photo beyond its limit, are refused before they are read."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8)).save(buffer, "PNG")
+    with serving(gan.Site(run, None, CPU)) as server:
+        for path, length, body, status in [
+                ("/api/photo?box=0,0,900,900", len(buffer.getvalue()), buffer.getvalue(), 200),
+                ("/api/faces", gan.MAX_BODY_BYTES + 1, b"", 413), ("/api/photo", gan.MAX_PHOTO_BYTES + 1, b"", 413)]:
+            answer = talk(server.port, request(server.port, "POST", path, f"Content-Length: {length}", body=body))
+            assert statuses(answer) == [status]
+
+
+def test_curl_waits_for_100_continue(run):
+    """It asks before it sends a large body, and would wait a second for the word."""
+    with serving(gan.Site(run, None, CPU)) as server:
+        body = json.dumps({"vectors": [BASE]}).encode()
+        answer = talk(server.port, request(server.port, "POST", "/api/faces", "Expect: 100-continue",
+                                           f"Content-Length: {len(body)}", body=body))
+        assert statuses(answer) == [100, 200]
+
+
+def test_a_client_that_still_sends_reads_why_it_is_refused(run):
+    """The line of a 413 arrives although megabytes of the body are on their way."""
+    with serving(gan.Site(run, None, CPU)) as server, closing(
+            HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)) as client:
+        status, line, _ = ask(client, "POST", "/api/faces", body=bytes(5_000_000))
+        assert status == 413 and b"too large" in line
+
+
+# ---- files to give away ----
+
+def evaluate(layers: list[dict], z: np.ndarray) -> np.ndarray:
+    """The exported layers in plain numpy: what the page computes."""
+    x = z.reshape(-1, 1, 1)
+    for layer in layers:
+        if layer["op"] == "convT":
+            side, kernel, stride, padding = x.shape[1], layer["kernel"], layer["stride"], layer["padding"]
+            weight = np.frombuffer(base64.b64decode(layer["weight"]), "<f2").astype(np.float32).reshape(
+                layer["in"], layer["out"], kernel, kernel)
+            full = np.zeros((layer["out"], (side - 1) * stride + kernel, (side - 1) * stride + kernel), np.float32)
+            for row in range(side):
+                for column in range(side):
+                    full[:, row * stride:row * stride + kernel, column * stride:column * stride + kernel] += np.tensordot(
+                        x[:, row, column], weight, 1)
+            x = full[:, padding:full.shape[1] - padding, padding:full.shape[2] - padding]
+        elif layer["op"] == "bias":
+            x = x + np.frombuffer(base64.b64decode(layer["data"]), "<f4").reshape(layer["shape"])
+        else:
+            x = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh}[layer["op"]](x)
+    return np.clip(np.round((x + 1) * 127.5), 0, 255).transpose(1, 2, 0)
+
+
+def test_the_exported_page_draws_the_same_faces(trained, tmp_path):
+    """Its network, computed without torch, within 3 of 255; its policy lets in its own script and style and no network."""
+    done = run_gan("export", tmp_path / "faces.html", "--run", trained, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "faces.html").read_text("utf-8")
+    network = json.loads(page.partition('id="network">')[2].partition("</script>")[0])
+    assert (network["image_size"], network["latent_size"], network["epoch"], len(network["directions"])) == (32, 128, 4, 10)
+    generator, _ = gan.load_generator(trained / "last.pt", CPU)
+    for z in gan.draw_latents(3, seed=5):
+        expected = gan.to_image(generator(z[None]))[0].permute(1, 2, 0).numpy().astype(int)
+        assert abs(evaluate(network["layers"], z.numpy()) - expected).max() <= 3
+    policy = page.partition('http-equiv="Content-Security-Policy" content="')[2].partition('"')[0]
+    assert policy.startswith("default-src 'none'") and "worker-src blob:" in policy and "connect" not in policy
+    original = (gan.Path(gan.__file__).parent / "gan_eval.html").read_text("utf-8")
+    script = original.partition("<script>")[2].partition("</script>")[0]
+    assert f"<script>{script}</script>" in page and page.count("<script") == 2
+
+
+def test_the_exported_onnx_network_draws_the_same_faces(trained, tmp_path):
+    """As another implementation evaluates it, for any number of vectors; a wrong one is not written."""
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+    done = run_gan("export", "faces.onnx", "--run", trained, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    onnx.checker.check_model(str(tmp_path / "faces.onnx"), full_check=True)
+    generator, _ = gan.load_generator(trained / "last.pt", CPU)
+    z = gan.draw_latents(3, seed=5)
+    found, = ReferenceEvaluator(str(tmp_path / "faces.onnx")).run(None, {"z": z.numpy()})
+    assert np.abs(found - generator(z).numpy()).max() < 1e-4
+
+
+def test_a_wrong_onnx_network_is_not_written(trained, monkeypatch):
+    """The comparison before it is put in place does notice."""
+    pytest.importorskip("onnx")
+    generator, facts = gan.load_generator(trained / "last.pt", CPU)
+    layers = gan.folded_layers(generator)
+    layers[-2]["weight"] = layers[-2]["weight"] * 3
+    monkeypatch.setattr(gan, "folded_layers", lambda generator: layers)
+    with pytest.raises(gan.UserError, match="nothing was written"):
+        gan.export_onnx(generator, facts)
+
+
+@pytest.mark.parametrize("name", ["faces.txt", "faces"])
+def test_another_kind_of_export_is_one_line(trained, tmp_path, name):
+    """Naming the two that there are."""
+    done = run_gan("export", name, "--run", trained, cwd=tmp_path)
+    assert done.returncode == 1 and "neither in .html nor in .onnx" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_invert_writes_the_face_of_a_photo(trained, tmp_path, monkeypatch, capsys):
+    """As PNG or as numbers; no face in the photo, no photo: one line and no file."""
+    (tmp_path / "photo.png").write_bytes(photo())
+    monkeypatch.setattr(gan, "find_faces", lambda image: [(4.0, 4.0, 36.0, 36.0)])
+    for name in ("face.png", "face.json"):
+        assert gan.main(["invert", str(tmp_path / "photo.png"), "--run", str(trained), "--out", str(tmp_path / name)]) == 0
+    z = json.loads((tmp_path / "face.json").read_text())
+    generator, _ = gan.load_generator(trained / "last.pt", CPU)
+    expected = gan.draw(generator, torch.tensor([z]))[0].permute(1, 2, 0).numpy().astype(int)
+    assert len(z) == 128 and same(picture((tmp_path / "face.png").read_bytes()), expected)
+    monkeypatch.setattr(gan, "find_faces", lambda image: [])
+    for file in ("photo.png", "absent.png", "face.json"):
+        capsys.readouterr()
+        assert gan.main(["invert", str(tmp_path / file), "--run", str(trained), "--out", str(tmp_path / "no.png")]) == 1
+        error = capsys.readouterr().err
+        assert file in error and error.count("\n") == 1 and not (tmp_path / "no.png").exists()
+
+
+def test_generate_writes_a_film(trained, tmp_path):
+    """Through the drawn faces, beside their folder."""
+    done = run_gan("generate", "--run", trained, "--count", 3, "--interpolate", "--out", "faces", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "faces-film.webp") as film:
+        assert film.n_frames > 1 and film.size == (2 * SIZE, 2 * SIZE)
+
+
+def test_the_way_between_faces_is_spherical():
+    """Lengths change evenly, the angle too, and each given vector is passed; a straight line would cut the middle short."""
+    a, b = torch.eye(128)[:2] * torch.tensor([[10.0], [12.0]])
+    way = gan.film(torch.stack([a, b]), frames=10)
+    assert len(way) == 11 and torch.allclose(way[0], a) and torch.allclose(way[-1], b)
+    assert torch.allclose(way.norm(dim=1), torch.linspace(10, 12, 11), atol=1e-3)
+    assert torch.allclose(torch.atan2(way[:, 1], way[:, 0]), torch.linspace(0, torch.pi / 2, 11), atol=1e-4)
+    assert way[5].norm() > ((a + b) / 2).norm() * 1.3
+    assert torch.allclose(gan.film(torch.stack([a, a * 2]), frames=2), torch.stack([a, a * 1.5, a * 2]))
+    assert gan.film(torch.stack([a, -a])).isfinite().all() and gan.film(torch.zeros(2, 128)).isfinite().all()
