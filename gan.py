@@ -64,7 +64,7 @@ from http import HTTPStatus
 from http.client import HTTPException, HTTPMessage, parse_headers
 from ipaddress import ip_address
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
@@ -337,7 +337,7 @@ def checked(name: str, read: Callable[[], bytes], size: int, *, link: bool, regu
     """An Entry that is refused when it is a link, a device, empty, too large, named to lead out of its source or of a
     kind that is not read here."""
     leads_out = ".." in name.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", name)
-    suffix = PurePosixPath(name).suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()
     problem = ("is a link" if link else "is not a regular file" if not regular else "is empty" if size == 0
                else f"is larger than {MAX_FILE_BYTES // 10**6} MB" if size > MAX_FILE_BYTES
                else "has a path that leads out of its archive" if leads_out else "")
@@ -411,37 +411,32 @@ def walk_tar(path: Path, scratch: Path) -> Iterator[Entry]:
 def persons_of(names: list[str]) -> dict[str, str]:
     """Name of a photo -> its person, which is its folder. A flat folder, one folder alone around all photos included,
     holds no persons: there each photo is taken for one of its own."""
-    folders = {name: str(PurePosixPath(name).parent) for name in names}
+    folders = {name: name.rpartition("/")[0] for name in names}
     several = len(set(folders.values())) > 1
-    return {name: folder if several and folder != "." else name for name, folder in folders.items()}
+    return {name: folder if several and folder not in ("", ".") else name for name, folder in folders.items()}
 
 
-def turns(names: list[str], person: dict[str, str]) -> dict[str, int]:
-    """Name -> the how-manyth of its person's it is in the list, counted from 1."""
-    met: Counter[str] = Counter()
-    result = {}
-    for name in names:
-        met[person[name]] += 1
-        result[name] = met[person[name]]
-    return result
+def by_person(names: list[str]) -> list[list[str]]:
+    """The names of each person's photos, in their order."""
+    photos: dict[str, list[str]] = {}
+    for name, person in persons_of(names).items():
+        photos.setdefault(person, []).append(name)
+    return list(photos.values())
 
 
 def choose_photos(names: list[str], per_person: int, seed: int) -> list[str]:
     """The names in the order in which photos are taken, at most per_person (0: all) of each person. It depends on the
     set of names and the seed alone.
 
-    First come the first two of each person: where folders are persons they are enough, and faces stay many-sided. Then
-    one more of each in every round: where folders are classes or ranges of numbers, as many come from each."""
-    names = sorted(set(names))
-    person = persons_of(names)
-    turn = turns(names, person)
-    allowed = [name for name in names if not per_person or turn[name] <= per_person]
-    first, later = ([name for name in allowed if (turn[name] > 2) == late] for late in (False, True))
+    First come two of each person: where folders are persons they are enough, and faces stay many-sided. Then one more
+    of each in every round: where folders are classes or ranges of numbers, as many come from each."""
     rng = random.Random(seed)
+    people = [theirs[:per_person or None] for theirs in by_person(sorted(set(names)))]
+    first = [name for theirs in people for name in theirs[:2]]
     rng.shuffle(first)
-    rng.shuffle(later)
-    round_of = turns(later, person)
-    return first + sorted(later, key=lambda name: round_of[name])
+    later = sorted((turn, rng.random(), name) for theirs in people if len(theirs) > 2
+                   for turn, name in enumerate(rng.sample(theirs[2:], len(theirs) - 2)))
+    return first + [name for _, _, name in later]
 
 
 def choose_held_out(names: list[str], limit: int) -> list[str]:
@@ -450,20 +445,16 @@ def choose_held_out(names: list[str], limit: int) -> list[str]:
 
     Where enough persons have few photos, these are all the photos of such persons: the judge compares with strangers.
     Else, as where folders are classes, they are the same share of each folder."""
-    person = persons_of(names)
     wanted = min(HELD_OUT_FACES, max(len(names) // 5, len(names) - limit))
-    photos: dict[str, list[str]] = {}
-    for name in reversed(names):  # the first ones are trained on
-        photos.setdefault(person[name], []).append(name)
-    small = sorted((theirs for theirs in photos.values() if 10 * len(theirs) <= wanted), key=len)
+    people = by_person(names[::-1])  # the first ones are trained on
+    small = sorted((theirs for theirs in people if 10 * len(theirs) <= wanted), key=len)
     held_out: set[str] = set()
     if sum(map(len, small)) >= wanted:
         while len(held_out) < wanted:
             held_out.update(small.pop(0))
     else:
-        turn = turns(names, person)
-        late = sorted(names, key=lambda name: turn[name] / len(photos[person[name]]))
-        held_out.update(late[len(names) - wanted:])
+        late = sorted((turn / len(theirs), name) for theirs in people for turn, name in enumerate(theirs))
+        held_out.update(name for _, name in late[:wanted])
     return [name for name in names if name in held_out]
 
 
@@ -544,12 +535,14 @@ def resized(square: Box, factor: float) -> Box:
     return left * factor, top * factor, right * factor, bottom * factor
 
 
-def problem_of(square: Box, image: Image.Image, least: float) -> str:
-    """Why a square of an image is not used as a face, if so: narrower than `least`, or too much of it lies outside."""
+def problem_of(square: Box, image: Image.Image, scale: float, least: int) -> str:
+    """Why a square of an image is not used as a face, if so: less than `least` of the photo's pixels wide, of which one
+    of the image stands for `scale`, or too much of it lies outside."""
     left, top, right, bottom = square
-    inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0))
-    return ("has a face that is too small" if right - left < least
-            else "has a face of which more than a fifth lies outside" if inside < 0.8 * (right - left) ** 2 else "")
+    side = right - left
+    inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0)) / side ** 2
+    return (f"has a face too small to use ({scale * side:.0f} pixels, not {least})" if scale * side < least
+            else "has a face of which more than a fifth lies outside" if inside < 0.8 else "")
 
 
 def cut(image: Image.Image, square: Box, size: int) -> np.ndarray:
@@ -572,11 +565,11 @@ def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[
     else:
         image, scale = open_photo(data, 2 * size / crop)
         least, squares = MIN_FACE_PIXELS, [crop_box(*image.size, crop)]
-    problems = [problem_of(square, image, least / scale) for square in squares]
+    problems = [problem_of(square, image, scale, least) for square in squares]
     good = [square for square, problem in zip(squares, problems) if not problem]
     refused = [problem for problem in problems if problem]
     if not good:
-        raise ValueError(refused[0] if refused else "has no face that is found")
+        raise ValueError(refused[0] if refused else "no face found")
     finer, looked_at = size / min(right - left for left, _, right, _ in good), scale
     if finer > 1 and scale > 1:  # the photo has more pixels than faces were looked for in
         image, scale = open_photo(data, finer * min(image.size))
@@ -3356,7 +3349,7 @@ def command_prepare(settings: PrepareSettings) -> int:
     say(f"{manifest['photos_found']:,} photos found{told.replace(',', ':', 1)}{unread_text(files['not_read'])}")
     seen = manifest["crops_with_face"]
     if seen is not None and seen < 0.5:
-        say(f"warning: only {seen:.0%} of the first crops show a face: --crop face finds them wherever they are")
+        say(f"warning: {seen:.0%} of the first crops show a face: --crop face finds them wherever they are")
     if manifest["count"] < FEW_FACES:
         say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES} the generator learns them by "
             "heart")
