@@ -162,7 +162,7 @@ def test_a_photo_becomes_a_face_step_by_step(site, run):
         distances.append(found["distance"])
         if found["done"]:
             break
-    assert found["done"] and distances == sorted(distances, reverse=True) and distances[-1] < distances[0] / 2
+    assert found["done"] and distances == sorted(distances, reverse=True) and distances[-1] < 0.6 * distances[0]
 
 
 def test_the_grids_and_the_log_of_a_run_are_told(trained, tmp_path):
