@@ -2554,26 +2554,26 @@ def fits(generator: nn.Module, target: Tensor, weights: Tensor, most: int = 12) 
 # ================================================================================================
 
 def folded_layers(generator: Generator) -> list[dict]:
-    """The generator's evaluation as a list of operations with arrays, in order: convT, bias, relu, tanh. BatchNorm's
-    scale is folded into the layers before it, its shift into a bias."""
+    """The generator's evaluation as a list of operations with arrays, in order: convT, conv, bias, blur, relu, tanh.
+    BatchNorm's scale is folded into the convolution before it, also through a blur, its shift into a bias."""
     layers: list[dict] = []
     for layer in generator.layers:
-        if isinstance(layer, nn.ConvTranspose2d):
-            layers.append({"op": "convT", "in": layer.in_channels, "out": layer.out_channels,
-                           "kernel": layer.kernel_size[0], "stride": layer.stride[0], "padding": layer.padding[0],
-                           "weight": layer.weight.detach().clone()})
+        if isinstance(layer, nn.ConvTranspose2d | nn.Conv2d):
+            layers.append({"op": "conv" if isinstance(layer, nn.Conv2d) else "convT", "in": layer.in_channels,
+                           "out": layer.out_channels, "kernel": layer.kernel_size[0], "stride": layer.stride[0],
+                           "padding": layer.padding[0], "weight": layer.weight.detach().clone()})
         elif isinstance(layer, Bias):
             layers.append({"op": "bias", "data": layer.bias.detach().clone()})
+        elif isinstance(layer, Blur):
+            layers.append({"op": "blur", "edge": "zero"})
         elif isinstance(layer, nn.BatchNorm2d):
-            learnt = layer.state_dict()
+            learnt = {name: value[..., None, None] for name, value in layer.state_dict().items()}
             scale = learnt["weight"] / torch.sqrt(learnt["running_var"] + layer.eps)
-            shift = (learnt["bias"] - learnt["running_mean"] * scale)[:, None, None]
+            shift = learnt["bias"] - learnt["running_mean"] * scale
             if layers[-1]["op"] == "bias":
-                layers[-1]["data"] = layers[-1]["data"] * scale[:, None, None] + shift
-                layers[-2]["weight"] *= scale[:, None, None]
-            else:
-                layers[-1]["weight"] *= scale[:, None, None]
-                layers.append({"op": "bias", "data": shift})
+                shift = shift + layers.pop()["data"] * scale
+            next(before for before in reversed(layers) if "weight" in before)["weight"] *= scale
+            layers.append({"op": "bias", "data": shift})
         else:
             layers.append({"op": {nn.ReLU: "relu", nn.Tanh: "tanh"}[type(layer)]})
     return layers
@@ -2622,9 +2622,13 @@ def export_onnx(generator: Generator, facts: dict) -> bytes:
         raise UserError("ONNX needs a package: pip install onnx") from None
     nodes, arrays = [helper.make_node("Reshape", ["z", "shape"], ["x0"])], {"shape": np.array([-1, LATENT_SIZE, 1, 1])}
     for i, layer in enumerate(folded_layers(generator)):
-        kind = {"convT": "ConvTranspose", "bias": "Add", "relu": "Relu", "tanh": "Tanh"}[layer["op"]]
+        kind = {"convT": "ConvTranspose", "conv": "Conv", "blur": "Conv", "bias": "Add", "relu": "Relu",
+                "tanh": "Tanh"}[layer["op"]]
         sizes: dict[str, Any] = {}
-        if kind == "ConvTranspose":
+        if layer["op"] == "blur":
+            channels = len(arrays[f"w{i - 1}"][0])
+            layer["weight"], sizes = Blur(channels).kernel, {"group": channels, "pads": [1] * 4}
+        elif "kernel" in layer:
             sizes = {"strides": [layer["stride"]] * 2, "pads": [layer["padding"]] * 4}
         array = layer.get("weight", layer.get("data"))
         if array is not None:
@@ -3207,6 +3211,7 @@ class Server:
 
     async def run(self) -> None:
         self.loop, self.over = asyncio.get_running_loop(), asyncio.Event()
+        self.loop.set_exception_handler(tell_fault)
         self.large = asyncio.Semaphore(2)  # photos in memory at once
         await asyncio.start_server(self.connection, sock=self.socket, limit=MAX_HEADER_BYTES)
         try:
@@ -3273,6 +3278,12 @@ class Server:
             print(f"gan.py: {request.method} {request.target[:80]!a} failed: {type(error).__name__}: "
                   f"{one_line(error)}", file=sys.stderr)
             return BadRequest(500, "the server failed at this; its terminal says why").response
+
+
+def tell_fault(loop: asyncio.AbstractEventLoop, context: dict) -> None:
+    """One line for a fault outside of answering; nothing for what the end of the server breaks off."""
+    if error := context.get("exception"):
+        print(f"gan.py: connection failed: {one_line(error)}", file=sys.stderr)
 
 
 async def drop(reader: asyncio.StreamReader) -> None:

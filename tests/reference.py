@@ -12,7 +12,7 @@ def stages(size: int, width: int) -> tuple[int, list[int]]:
     """80, 64 -> 5, [512, 256, 128, 64, 32]."""
     count = {size // 2 ** n: n for n in range(8) if 4 <= size / 2 ** n < 8}
     (base, doublings), = count.items()
-    return base, [min(8 * width, width * 2 ** n) for n in range(doublings)][::-1] + [width // 2]
+    return base, [*[min(8 * width, width * 2 ** n) for n in range(doublings)][::-1], width // 2]
 
 
 class Plus(nn.Module):

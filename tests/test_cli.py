@@ -115,6 +115,19 @@ def test_defaults_are_the_documented_ones(command):
         DEFAULTS[command])
 
 
+@pytest.mark.parametrize("bad", [10, 11])
+def test_the_first_ten_skipped_photos_are_listed(tmp_path, capsys, bad):
+    """And how many more there are, if any."""
+    (tmp_path / "photos").mkdir()
+    gan.Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "good.png")
+    for number in range(bad):
+        (tmp_path / "photos" / f"bad{number}.png").write_text("no photo")
+    assert gan.main(["prepare", "--dataset", str(tmp_path / "photos"), "--data", str(tmp_path / "data")]) == 0
+    told = capsys.readouterr().out
+    assert len(re.findall("^skipped bad", told, re.MULTILINE)) == 10
+    assert ("... and 1 more" in told) == (bad == 11)
+
+
 @pytest.mark.parametrize("flags", [[], ["--model", "wgan-gp"], ["--model", "Wgan-Gp"]])
 def test_case_of_a_model_does_not_matter(flags):
     """--model wgan-gp is WGAN-GP, and so is no --model at all."""

@@ -96,6 +96,13 @@ def test_as_many_drawn_faces_as_real_ones(faces, judge):
         gan.Judge(faces[0], faces[1][:99], CPU)
 
 
+def test_features_are_uncorrelated_with_variance_1(faces, judge):
+    """In the faces that the space was made of: its 64 numbers are their principal components, each scaled."""
+    features = judge.space(faces[0]).double()
+    assert features.shape == (len(faces[0]), 64)
+    assert torch.allclose(torch.cov(features.T), torch.eye(64, dtype=torch.double), atol=3e-4)
+
+
 def test_frechet_distance_of_known_distributions():
     """Means 3 apart and independent coordinates with deviations 1 and 2: 9 + Σ (1 − 2)². Symmetric, 0 to itself."""
     chance = torch.Generator().manual_seed(0)

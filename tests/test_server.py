@@ -38,12 +38,21 @@ FILES = {"last": "last.pt", "2": "epoch-00002.pt", "4": "epoch-00004.pt"}
 # ---- helpers, some of them also for test_page.py ----
 
 def vivid_copy(trained: Path, folder: Path) -> Path:
-    """A copy of the run with its last layers scaled up, each checkpoint's otherwise: after so few steps faces are grey."""
+    """A copy of the run with the BatchNorm statistics of many faces and its last layers scaled, each checkpoint's
+    otherwise: after so few steps faces are grey."""
     run = shutil.copytree(trained, folder / "run")
-    for file, gain in zip(FILES.values(), (60, -60, 30)):
+    for file, gain in zip(FILES.values(), (3, -3, 1.5)):
         state = gan.read_checkpoint(run / file)
-        weights = state["networks"]["averaged"]
-        weights[[name for name in weights if name.endswith("weight")][-1]] *= gain
+        generator = gan.Generator(state["image_size"], state["settings"]["width"])
+        generator.load_state_dict(state["networks"]["averaged"])
+        for layer in generator.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.reset_running_stats()
+                layer.momentum = None
+        with torch.no_grad():
+            generator(gan.draw_latents(200, seed=0))
+            generator.layers[-2].weight *= gain
+        state["networks"]["averaged"] = generator.state_dict()
         gan.write_checkpoint(run / file, state)
     return run
 

@@ -470,7 +470,7 @@ def test_numbers_that_are_not_finite_stop_the_run(dataset, tmp_path, monkeypatch
 
     def poisoned(pair, *arguments):
         row = real(pair, *arguments)
-        if pair.progress.images_seen == 16 * 10:  # minibatch 2 of epoch 3
+        if pair.progress.images_seen >= 16 * 10:  # from minibatch 2 of epoch 3 on
             if victim == "loss":
                 row[2] = float("nan")
             else:
