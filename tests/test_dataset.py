@@ -448,15 +448,17 @@ def scenery(rng: random.Random, width: int, height: int) -> Image.Image:
 
 
 def pasted(rng: random.Random, portraits: list, size: tuple[int, int], count: int,
-           scales: tuple[float, float] = (0.1, 0.3)) -> tuple[Image.Image, list]:
-    """A picture with so many portraits at random places, scales and light: (picture, (x, y, side) of each face)."""
+           sides: tuple[float, float] = (0.07, 0.2)) -> tuple[Image.Image, list]:
+    """A picture with so many portraits, or as many as find room, at random places, in random light, their faces' sides such shares of its width:
+    (picture, (x, y, side) of each face)."""
     picture, faces, taken = scenery(rng, *size), [], []
-    while len(faces) < count:
+    for _ in range(100):
         portrait, (x, y, side) = rng.choice(portraits)
-        scale = int(size[0] * rng.uniform(*scales))
+        scale = int(size[0] * rng.uniform(*sides) / side)
         left, top = rng.randrange(size[0] - scale), rng.randrange(size[1] - scale)
-        if not any(abs(left - other[0]) < max(scale, other[2]) and abs(top - other[1]) < max(scale, other[2])
-                   for other in taken):
+        if len(faces) < count and not any(
+                abs(left - other[0]) < max(scale, other[2]) and abs(top - other[1]) < max(scale, other[2])
+                for other in taken):
             light = ImageEnhance.Brightness(portrait.resize((scale, scale))).enhance(rng.uniform(0.6, 1.3))
             picture.paste(light, (left, top))
             taken.append((left, top, scale))
@@ -481,7 +483,8 @@ def test_faces_are_found_wherever_they_are(portraits):
         assert squares == sorted(squares, key=lambda square: square[0] - square[2])
         found += [sum(near(square, face) for square in squares) for face in faces]
         others += len(squares) - sum(any(near(square, face, 0.3) for face in faces) for square in squares)
-    assert sum(map(bool, found)) >= 90 and max(found) == 1 and others <= 4
+    assert len(found) > 80 and np.mean(found) >= 0.9 and max(found) == 1
+    assert others <= 10  # photos have bystanders
 
 
 def test_where_there_is_no_face_none_is_found():
@@ -495,7 +498,7 @@ def test_where_there_is_no_face_none_is_found():
 def test_crops_follow_the_faces(portraits, tmp_path):
     """From a JPEG of 12 megapixels, stored lying: each face in its square, whose box is in the upright photo. They are
     too small for --size where they are looked for, and large enough in the photo."""
-    picture, faces = pasted(random.Random(4), portraits, (3000, 4000), 3, (0.095, 0.11))
+    picture, faces = pasted(random.Random(4), portraits, (3000, 4000), 3, (0.075, 0.087))
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(picture.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=90, exif=exif)
