@@ -400,10 +400,11 @@ COLOURS |= {f"16-bit grey {value}": (grey16(value), (grey,) * 3)
 
 @pytest.mark.parametrize("kind", COLOURS)
 def test_every_mode_becomes_the_right_rgb(kind):
-    """Grey, palette, alpha, CMYK, 16-bit and animated (first frame) photos keep their colour within 2 of 255."""
+    """Grey, palette, alpha, CMYK, 16-bit and animated (first frame) photos keep their colour within 2 of 255, deep
+    greys exactly."""
     face = decoded(COLOURS[kind][0], 32, 0.5)
     assert face.shape == (32, 32, 3) and face.dtype == np.uint8
-    assert np.abs(face.astype(int) - COLOURS[kind][1]).max() <= 2
+    assert np.abs(face.astype(int) - COLOURS[kind][1]).max() <= (0 if kind.startswith(("16-bit grey", "negative")) else 2)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
@@ -446,15 +447,18 @@ def scenery(rng: random.Random, width: int, height: int) -> Image.Image:
     return picture
 
 
-def pasted(rng: random.Random, portraits: list, size: tuple[int, int], count: int) -> tuple[Image.Image, list]:
-    """A picture with so many portraits at random places, scales and light: (picture, (x, y, side) of each face)."""
+def pasted(rng: random.Random, portraits: list, size: tuple[int, int], count: int,
+           sides: tuple[float, float] = (0.07, 0.2)) -> tuple[Image.Image, list]:
+    """A picture with so many portraits, or as many as find room, at random places, in random light, their faces' sides such shares of its width:
+    (picture, (x, y, side) of each face)."""
     picture, faces, taken = scenery(rng, *size), [], []
-    while len(faces) < count:
+    for _ in range(100):
         portrait, (x, y, side) = rng.choice(portraits)
-        scale = int(size[0] * rng.uniform(0.1, 0.3))
+        scale = int(size[0] * rng.uniform(*sides) / side)
         left, top = rng.randrange(size[0] - scale), rng.randrange(size[1] - scale)
-        if not any(abs(left - other[0]) < max(scale, other[2]) and abs(top - other[1]) < max(scale, other[2])
-                   for other in taken):
+        if len(faces) < count and not any(
+                abs(left - other[0]) < max(scale, other[2]) and abs(top - other[1]) < max(scale, other[2])
+                for other in taken):
             light = ImageEnhance.Brightness(portrait.resize((scale, scale))).enhance(rng.uniform(0.6, 1.3))
             picture.paste(light, (left, top))
             taken.append((left, top, scale))
@@ -479,7 +483,8 @@ def test_faces_are_found_wherever_they_are(portraits):
         assert squares == sorted(squares, key=lambda square: square[0] - square[2])
         found += [sum(near(square, face) for square in squares) for face in faces]
         others += len(squares) - sum(any(near(square, face, 0.3) for face in faces) for square in squares)
-    assert sum(map(bool, found)) >= 90 and max(found) == 1 and others <= 4
+    assert len(found) > 80 and np.mean(found) >= 0.9 and max(found) == 1
+    assert others <= 10  # photos have bystanders
 
 
 def test_where_there_is_no_face_none_is_found():
@@ -491,8 +496,9 @@ def test_where_there_is_no_face_none_is_found():
 
 
 def test_crops_follow_the_faces(portraits, tmp_path):
-    """From a JPEG of 12 megapixels, stored lying: each face in its square, whose box is in the upright photo."""
-    picture, faces = pasted(random.Random(4), portraits, (3000, 4000), 3)
+    """From a JPEG of 12 megapixels, stored lying: each face in its square, whose box is in the upright photo. They are
+    too small for --size where they are looked for, and large enough in the photo."""
+    picture, faces = pasted(random.Random(4), portraits, (3000, 4000), 3, (0.075, 0.087))
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(picture.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=90, exif=exif)
@@ -501,9 +507,9 @@ def test_crops_follow_the_faces(portraits, tmp_path):
     for box, pixels in crops:
         assert sum(near(box, face) for face in faces) == 1
         expected = np.asarray(picture.resize((80, 80), Image.Resampling.LANCZOS, box=box)).astype(int)
-        assert np.abs(pixels - expected).mean() < 4
+        assert np.abs(pixels - expected).mean() < 1.5  # up to 2.2 from what the faces were looked for in
     left, top, right, bottom = crops[0][0]
-    assert right - left == pytest.approx(bottom - top) and right - left > crops[-1][0][2] - crops[-1][0][0]
+    assert right - left == pytest.approx(bottom - top) and right - left >= crops[-1][0][2] - crops[-1][0][0]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "LA", "RGBA"])
@@ -567,6 +573,15 @@ def test_many_faces_of_few_photos(tmp_path, monkeypatch):
     assert batches[0] == batches[1]
 
 
+def test_no_more_photos_are_decoded_than_are_wanted(tmp_path, monkeypatch):
+    """Of 1,300 photos with --limit 5 some thousand, which are held out."""
+    decoded, real = [], gan.decode_faces
+    monkeypatch.setattr(gan, "decode_faces", lambda *arguments: decoded.append(1) or real(*arguments))
+    manifest = prepared(pack(tmp_path / "a.zip", {f"{i}.png": photo(i) for i in range(1300)}), tmp_path / "data", limit=5)
+    assert manifest["files"] == manifest["files"] | {"used": 5, "held_out": 1000, "left_by_limit": 295}
+    assert 1005 <= len(decoded) <= 1005 + 8 * gan.usable_cores()
+
+
 @pytest.mark.parametrize("absent", [None, types.SimpleNamespace(data=None)])
 def test_without_opencv_there_is_one_line(tmp_path, capsys, monkeypatch, absent):
     """Without it, or with OpenCV 5, which has no cascades: the pip command, and nothing is written."""
@@ -579,11 +594,12 @@ def test_without_opencv_there_is_one_line(tmp_path, capsys, monkeypatch, absent)
     assert prepared(source, tmp_path / "data")["crops_with_face"] is None
 
 
-@pytest.mark.parametrize(("crop", "told"), [("1", False), ("0.2", True), ("face", False)])
-def test_crops_that_miss_the_faces_are_told(portraits, tmp_path, capsys, crop, told):
+@pytest.mark.parametrize(("crop", "with_face", "told"), [("1", 18, False), ("1", 12, True), ("0.2", 30, True),
+                                                        ("face", 12, False)])
+def test_crops_that_miss_the_faces_are_told(portraits, tmp_path, capsys, crop, with_face, told):
     """A sample of the crops is looked at: where fewer than half show a face, a line names --crop face."""
-    faces = [portrait for portrait, _ in portraits] * 30
-    source = pack(tmp_path / "photos", {f"{i}.png": encoded(faces[i]) for i in range(30)})
+    pictures = [encoded(portraits[0][0])] * with_face + [photo(9)] * (30 - with_face)
+    source = pack(tmp_path / "photos", {f"{i}.png": picture for i, picture in enumerate(pictures)})
     assert gan.main(["prepare", "--dataset", str(source), "--data", str(tmp_path / "data"), "--size", "48",
                      "--crop", crop]) == 0
     assert ("--crop face" in capsys.readouterr().out) == told
