@@ -1462,7 +1462,8 @@ def write_checkpoint(path: Path, state: dict) -> None:
     buffer.seek(-2, io.SEEK_END)  # a zip ends with the length of its comment
     buffer.write((64).to_bytes(2, "little"))
     buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
-    atomic_write(path, buffer.getbuffer())
+    with buffer.getbuffer() as data:  # released at once, also where writing fails: Python 3.13 complains otherwise
+        atomic_write(path, data)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -1608,7 +1609,7 @@ def draw_curves(run: Path, lines: list[dict]) -> None:
     panels[0].set_title(str(run))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
-    atomic_write(run / "curves.png", buffer.getbuffer())
+    atomic_write(run / "curves.png", buffer.getvalue())
 
 
 def check_resumable(settings: TrainSettings, faces: TrainingFaces, state: dict, run: Path) -> None:
