@@ -2679,15 +2679,6 @@ def name_direction(run: Path, vector: Tensor, name: str) -> None:
     atomic_write(run / "directions.json", json.dumps(dict(list(named.items())[:100])).encode())
 
 
-def cut_face(image: Image.Image, box: Box, size: int) -> Image.Image:
-    """A square of a photo as a face of `size` pixels; what lies outside of the photo is mirrored."""
-    margin = math.ceil(max(0, -box[0], -box[1], box[2] - image.width, box[3] - image.height))
-    if margin:
-        image = Image.fromarray(np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), "symmetric"))
-    left, top, right, bottom = (side + margin for side in box)
-    return image.resize((size, size), Image.Resampling.LANCZOS, (left, top, right, bottom))
-
-
 # ================================================================================================
 # Server: a pure function from request to response, and HTTP around it
 # ================================================================================================
@@ -3114,7 +3105,7 @@ class Site:
             raise BadRequest(400, f"the photo cannot be used: {one_line(error)}") from None
         except UserError as error:  # OpenCV is absent
             boxes, note = [], str(error)
-        faces = [{"box": list(box), "target": data_url(cut_face(image, box, model.size))} for box in boxes]
+        faces = [{"box": list(box), "target": data_url(Image.fromarray(cut(image, box, model.size)))} for box in boxes]
         width, height = image.size
         image.thumbnail((1000, 1000))
         return {"width": width, "height": height, "picture": data_url(image, "JPEG"), "faces": faces, "note": note}
@@ -3367,7 +3358,7 @@ def command_invert(settings: InvertSettings) -> int:
     size, boxes = facts["image_size"], find_faces(image)
     if not boxes:
         raise UserError(f"no face found in {settings.photo}: the page of `gan.py eval` lets you show where it is")
-    target = to_face(torch.from_numpy(np.array(cut_face(image, boxes[0], size)))).permute(2, 0, 1)
+    target = to_face(torch.from_numpy(cut(image, boxes[0], size).copy())).permute(2, 0, 1)
     z = torch.zeros(LATENT_SIZE)
     for step, (better, distance) in enumerate(fits(generator, target, face_weights(size)), 1):
         z = better
