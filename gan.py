@@ -3386,7 +3386,7 @@ def command_export(settings: ExportSettings) -> int:
     return 0
 
 
-DEMO_EPOCHS = 20  # of the demo, whose faces are small: about a minute on two cores with bf16
+DEMO_EPOCHS = 20  # of the demo, whose faces are small: some minutes on two cores with bf16
 
 
 def command_demo(settings: DemoSettings) -> int:
