@@ -63,7 +63,7 @@ from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPException, HTTPMessage, parse_headers
 from ipaddress import ip_address
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
 from urllib.parse import parse_qs, urlsplit
@@ -218,6 +218,9 @@ class TrainSettings:
     precision: str = setting("auto", "of the forward and backward passes: fp32, bf16 or auto (bf16 where the processor "
                              "has it)", one_of("auto", "fp32", "bf16"), "NAME")
     seed: int = setting(0, "seed of weights, order and latent vectors", between(0, 2**31 - 1), "N", fixed=True)
+    data_memory: float | None = setting(None, "what the faces may take of a process's memory; more of them are read "
+                                        "anew each epoch (default: half of what is free)", between(0, 10**6, float),
+                                        "GIB")
     checkpoint: str | None = setting(None, "go on from this one (epoch number or file), not from the last",
                                      metavar="WHICH")
     sample_every: int | None = setting(None, "epochs between sample grids (default: 1 at first, then 2 % apart)",
@@ -927,57 +930,169 @@ def prepare(settings: PrepareSettings) -> dict:
     return manifest
 
 
-def load_faces(data: Path, kind: str = "batches") -> tuple[Tensor, list[dict]]:
-    """Read a dataset's faces to train on, or those of kind 'held_out': (uint8 faces (N, 3, S, S), list of batches).
-    UserError names the file that is not whole."""
+class DamagedFaces(UserError):
+    """A dataset, or a file of it, that is not whole."""
+
+
+@contextmanager
+def damage_told(data: Path) -> Iterator[None]:
+    """DamagedFaces in the place of what a missing file or a wrong manifest causes."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedFaces(f"{error.filename} is missing: run `gan.py prepare` again") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        problem = f"{data / 'manifest.json'} is damaged ({one_line(error)})"
+        raise DamagedFaces(f"{problem}: run `gan.py prepare` again") from None
+
+
+def list_batches(data: Path, kind: str = "batches") -> tuple[int, list[dict]]:
+    """(side of a dataset's faces, its files with faces to train on or of kind 'held_out'), as its manifest says."""
     manifest = read_manifest(data)
     if manifest is None:
         raise UserError(f"no dataset in {data}: make one with `gan.py prepare`, or name yours with --data")
     if manifest.get("version") != DATASET_FORMAT:
         raise UserError(f"{data / 'manifest.json'} is of another version of gan.py: run `gan.py prepare` again")
-    try:
+    with damage_told(data):
         size, batches = manifest["image_size"], manifest.get(kind, [])  # older datasets hold none out
-        count = sum(batch["count"] for batch in batches)
-        faces, start = torch.empty(count, 3, size, size, dtype=torch.uint8), 0
-        for batch in batches:
-            path = data / batch["file"]
-            packed = path.read_bytes()
-            if hashlib.sha256(packed).hexdigest() != batch["sha256"]:
-                raise UserError(f"{path} is damaged (its SHA-256 is not the manifest's): run `gan.py prepare` again")
-            part = torch.load(io.BytesIO(gzip.decompress(packed)), weights_only=True)
-            faces[start:start + len(part)] = part
-            start += len(part)
-        if start != count or kind == "batches" and count != manifest["count"]:
-            raise ValueError(f"{start} faces in the batches, {manifest['count']} in the manifest")
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing: run `gan.py prepare` again") from None
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        problem = f"{data / 'manifest.json'} is damaged ({one_line(error)})"
-        raise UserError(f"{problem}: run `gan.py prepare` again") from None
+        counts = [batch["count"] for batch in batches]
+        if any(type(number) is not int or number < 1 for number in (size, *counts)):
+            raise ValueError("sizes and counts must be whole numbers")
+        if kind == "batches" and sum(counts) != manifest["count"]:
+            raise ValueError(f"{sum(counts)} faces in the batches, {manifest['count']} in the manifest")
+    return size, batches
+
+
+def read_batch(data: Path, size: int, batch: dict) -> Tensor:
+    """The uint8 faces (n, 3, size, size) of one file of a dataset. DamagedFaces names it where it is not whole."""
+    with damage_told(data):
+        path = data / batch["file"]
+        packed = path.read_bytes()
+        if hashlib.sha256(packed).hexdigest() != batch["sha256"]:
+            raise DamagedFaces(f"{path} is damaged (its SHA-256 is not the manifest's): run `gan.py prepare` again")
+        images = torch.load(io.BytesIO(gzip.decompress(packed)), weights_only=True)
+        if images.shape != (batch["count"], 3, size, size):
+            raise ValueError(f"{path.name} holds faces of shape {tuple(images.shape)}")
+    return images
+
+
+def load_faces(data: Path, kind: str = "batches") -> tuple[Tensor, list[dict]]:
+    """Read a dataset's faces to train on, or those of kind 'held_out': (uint8 faces (N, 3, S, S), list of batches).
+    UserError names the file that is not whole."""
+    size, batches = list_batches(data, kind)
+    faces, start = torch.empty(sum(batch["count"] for batch in batches), 3, size, size, dtype=torch.uint8), 0
+    for batch in batches:
+        faces[start:start + batch["count"]] = read_batch(data, size, batch)
+        start += batch["count"]
     return faces, batches
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, for each of the processes that share it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free = sys.maxsize  # where the system does not tell
+    with suppress(AttributeError, OSError, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = 1024 * int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0])
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container; "max" where it has none
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun tells
+
+
+def one_ahead(function: Callable, items: Iterable) -> Iterator:
+    """Like map, with a thread that is at work on the next item while one is used."""
+    thread, waiting = ThreadPoolExecutor(1), deque[Future]()
+    try:
+        for item in items:
+            waiting.append(thread.submit(function, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
 class TrainingFaces:
-    """The faces of a dataset on a device: the number of an epoch -> its minibatches.
+    """The faces of a dataset: the number of an epoch -> its minibatches.
 
-    `images` are uint8 (N, 3, S, S): four times less memory and traffic than float faces. `minibatches` is how many an
-    epoch has, each of `batch_size` faces; what does not fill one is left out, in each epoch others."""
+    `images` are uint8 (N, 3, S, S) on the device, four times less memory and traffic than float faces; None where they
+    would take more than `memory` GiB, by default half of what is free: then their files are read again each epoch.
+    `minibatches` is how many an epoch has, each of `batch_size` faces, of which this process gets its `part`; what does
+    not fill one is left out, in each epoch others. `waited`: seconds in which training waited for this epoch's faces."""
+    WINDOW_BYTES = 2 ** 28  # of faces that are shuffled together; two windows are in memory at most
 
-    def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device):
+    def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device, memory: float | None = None,
+                 part: Callable[[int], slice] = slice):
         """UserError where the dataset is not whole."""
-        images, self.files = load_faces(data)
-        self.images, self.size = images.to(device), images.shape[-1]
-        self.batch_size, self.seed = min(batch_size, len(images)), seed
-        self.minibatches = len(images) // self.batch_size
+        self.size, self.files = list_batches(data)
+        self.data, self.seed, self.device, self.waited = data, seed, device, 0.0
+        ends = list(accumulate(file["count"] for file in self.files))
+        self.count, self.places = ends[-1], [slice(*ends) for ends in pairwise([0, *ends])]
+        self.batch_size = min(batch_size, self.count)
+        self.minibatches, self.part = self.count // self.batch_size, part(self.batch_size)
+        room = free_memory(device) / 2 if memory is None else memory * 2 ** 30
+        self.images = load_faces(data)[0].to(device) if self.count * 3 * self.size ** 2 <= room else None
+
+    def first(self, count: int) -> Tensor:
+        """The first faces of the dataset, uint8 on the CPU."""
+        if self.images is not None:
+            return self.images[:count].cpu()
+        files = [file for file, place in zip(self.files, self.places) if place.start < count]
+        return torch.cat([read_batch(self.data, self.size, file) for file in files])[:count]
+
+    def order(self, epoch: int) -> list[tuple[list[int], Tensor]]:
+        """(numbers of its files, numbers of its faces in the order in which they come) of each window of an epoch. It
+        depends on the seed and the epoch alone, whether faces are in memory or not."""
+        random, files = random_stream(f"order of epoch {epoch}", self.seed), torch.arange(len(self.files))
+        most = max(1, self.WINDOW_BYTES // (BATCH_FILE_FACES * 3 * self.size ** 2))
+        if len(files) > most:
+            files = torch.randperm(len(files), generator=random)
+        windows = []
+        for window in files.split(most):
+            numbers = torch.cat([torch.arange(self.places[file].start, self.places[file].stop) for file in window])
+            windows.append((window.tolist(), numbers[torch.randperm(len(numbers), generator=random)]))
+        return windows
+
+    def read_window(self, window: tuple[list[int], Tensor]) -> Tensor:
+        """The uint8 faces of a window in their order."""
+        files, numbers = window
+        where = torch.empty(self.count, dtype=torch.int64)
+        where[numbers] = torch.arange(len(numbers))
+        images = torch.empty(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
+        for file in files:
+            images[where[self.places[file]]] = read_batch(self.data, self.size, self.files[file])
+        return images
+
+    def stream(self, epoch: int, first: int) -> Iterator[Tensor]:
+        """The uint8 minibatches of an epoch from number `first` on, read from their files."""
+        windows, skipped = deque(self.order(epoch)), first * self.batch_size
+        while windows and skipped >= len(windows[0][1]):
+            skipped -= len(windows.popleft()[1])
+        rest = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        for images in one_ahead(self.read_window, windows):
+            joined = torch.cat([rest, images[skipped:]])
+            del images  # makes room for the next window
+            *whole, rest = joined.tensor_split(tuple(range(self.batch_size, len(joined) + 1, self.batch_size)))
+            yield from whole
+            skipped, rest = 0, rest.clone()
+            del joined, whole
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Tensor]:
-        """The minibatches of an epoch from number `first` on: float faces (batch_size, 3, S, S) in [-1, 1].
-
-        Their order depends on the seed and the epoch alone, so a resumed epoch goes on in the order it began with."""
-        order = torch.randperm(len(self.images), generator=random_stream(f"order of epoch {number}", self.seed))
-        picks = order.to(self.images.device).split(self.batch_size)
-        for picked in picks[first:self.minibatches]:
-            yield to_face(self.images[picked]).contiguous(memory_format=torch.channels_last)
+        """This process's part of the minibatches of an epoch from number `first` on: float faces (n, 3, S, S) in
+        [-1, 1]. A resumed epoch goes on in the order it began with."""
+        if self.images is not None:
+            order = torch.cat([numbers for _, numbers in self.order(number)]).to(self.device)
+            picks = order.split(self.batch_size)[first:self.minibatches]
+            minibatches = (self.images[picked[self.part]] for picked in picks)
+        else:
+            minibatches = (images[self.part].to(self.device) for images in self.stream(number, first))
+        started, self.waited = time.monotonic(), 0.0
+        for images in minibatches:
+            real = to_face(images).contiguous(memory_format=torch.channels_last)
+            self.waited += time.monotonic() - started
+            yield real
+            started = time.monotonic()
 
 
 def to_face(images: Tensor) -> Tensor:
@@ -1733,7 +1848,7 @@ class Run:
         self.log = read_log(self.path, pair.progress.epoch)
         atomic_write(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
         if not path:
-            write_grid(self.path / "samples" / "real.png", self.faces.images[:100].cpu())
+            write_grid(self.path / "samples" / "real.png", self.faces.first(100))
             self.save_grid(pair, 0)
 
     def is_due(self, every: int, epoch: int) -> bool:
@@ -2002,7 +2117,7 @@ class Jury:
         self.judged = [line["scores"] for line in run.log if "scores" in line]
         try:
             held_out, _ = load_faces(Path(run.settings.data), "held_out")
-            self.judge = Judge(run.faces.images, held_out, device)
+            self.judge = Judge(run.faces.first(2 * JUDGED_FACES), held_out, device)
             self.z = draw_latents(self.judge.count, run.settings.seed + 1)
         except UserError as error:
             say(f"nothing is judged: {error}")
@@ -2275,7 +2390,8 @@ def describe_epoch(line: dict, images: int, epochs: int) -> str:
     """A line for the terminal about a finished epoch of so many images: speed, time left, and how both networks do."""
     seconds = max(line["seconds"], 0.01)
     left = tqdm.format_interval((epochs - line["epoch"]) * seconds)
-    return (f"epoch {line['epoch']}/{epochs}: {images / seconds:.1f} img/s, {left} left, "
+    waited = f"waited {line['waited']:.1%} for faces, " if "waited" in line else ""
+    return (f"epoch {line['epoch']}/{epochs}: {images / seconds:.1f} img/s, {left} left, {waited}"
             f"acc D {line['discriminator_accuracy']:.2f} G {line['generator_accuracy']:.2f}, "
             f"D trained {line['discriminator_share']:.0%}")
 
@@ -2303,7 +2419,7 @@ def train(settings: TrainSettings) -> int:
     when stopped by --stop-on-collapse."""
     device = pick_device(settings.device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more of them would wait for one another
-    faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device)
+    faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device, settings.data_memory)
     with Run(settings, faces) as run, StopRequest() as stop:
         pair = Pair(settings, faces.size, device)
         run.resume(pair)
@@ -2311,10 +2427,9 @@ def train(settings: TrainSettings) -> int:
         if progress.epoch >= settings.epochs:
             say(f"{run.path} has {progress.epoch} epochs already: ask for more with --epochs")
             return 0
-        say(f"{settings.model}, {len(faces.images):,} faces of {faces.size}×{faces.size} pixels, on {device} "
+        say(f"{settings.model}, {faces.count:,} faces of {faces.size}×{faces.size} pixels, on {device} "
             f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
         jury = Jury(run, device)
-
         images = faces.minibatches * faces.batch_size  # an epoch
         with tqdm(total=settings.epochs * images, initial=progress.images_seen, unit="img", smoothing=0.05,
                   dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
@@ -2329,6 +2444,8 @@ def train(settings: TrainSettings) -> int:
                 run.check_finite(pair)  # before anything of it is saved
                 if progress.minibatch == faces.minibatches:
                     line = pair.finish_epoch()
+                    if faces.images is None:
+                        line["waited"] = round(faces.waited / max(line["seconds"], 0.01), 4)
                     best = jury.consider(pair.averaged, line)  # adds scores to the line, when it is time
                     run.record(pair, line, best)
                     say(describe_epoch(line, images, settings.epochs))
