@@ -63,13 +63,14 @@ from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPException, HTTPMessage, parse_headers
 from ipaddress import ip_address
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError, features
 from torch import Tensor, nn
@@ -1001,16 +1002,12 @@ def free_memory(device: torch.device) -> int:
 
 def one_ahead(function: Callable, items: Iterable) -> Iterator:
     """Like map, with a thread that is at work on the next item while one is used."""
-    thread, waiting = ThreadPoolExecutor(1), deque[Future]()
-    try:
-        for item in items:
-            waiting.append(thread.submit(function, item))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        thread.shutdown(cancel_futures=True)
+    items, results = iter(items), deque[Future]()
+    with ThreadPoolExecutor(1) as thread:
+        results.extend(thread.submit(function, item) for item in islice(items, 1))
+        while results:
+            results.extend(thread.submit(function, item) for item in islice(items, 1))
+            yield results.popleft().result()
 
 
 class TrainingFaces:
@@ -1019,7 +1016,7 @@ class TrainingFaces:
     `images` are uint8 (N, 3, S, S) on the device, four times less memory and traffic than float faces; None where they
     would take more than `memory` GiB, by default half of what is free: then their files are read again each epoch.
     `minibatches` is how many an epoch has, each of `batch_size` faces, of which this process gets its `part`; what does
-    not fill one is left out, in each epoch others. `waited`: seconds in which training waited for this epoch's faces."""
+    not fill one is left out, in each epoch others. `waited`: seconds that training waited for this epoch's faces."""
     WINDOW_BYTES = 2 ** 28  # of faces that are shuffled together; two windows are in memory at most
 
     def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device, memory: float | None = None,
@@ -1060,8 +1057,9 @@ class TrainingFaces:
         where = torch.empty(self.count, dtype=torch.int64)
         where[numbers] = torch.arange(len(numbers))
         images = torch.empty(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
-        for file in files:
-            images[where[self.places[file]]] = read_batch(self.data, self.size, self.files[file])
+        read = on_all_cores(lambda file: read_batch(self.data, self.size, self.files[file]), files)
+        for file, part in zip(files, read):
+            images[where[self.places[file]]] = part
         return images
 
     def stream(self, epoch: int, first: int) -> Iterator[Tensor]:
@@ -1222,6 +1220,56 @@ class InstanceNorm(nn.Module):
         return factor * (gradient - spatial_mean(gradient) - normal * spatial_mean(gradient * normal))
 
 
+@contextmanager
+def with_other_ranks() -> Iterator[None]:
+    """What needs all ranks. UserError where another one has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError("this process ends because another one of the run did, which says why, or torchrun does "
+                        f"({one_line(error)})") from None
+
+
+class Sum(torch.autograd.Function):
+    """The sum of a tensor over all ranks, the same bits in each; so is its gradient."""
+
+    @staticmethod
+    def forward(context, x: Tensor) -> Tensor:
+        total = x.clone()
+        with with_other_ranks():
+            dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        return Sum.apply(gradient)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation (arXiv 1502.03167), (N, C, H, W) -> same, over the minibatch of all ranks: that of each alone
+    would make other networks of other numbers of ranks. As nn.SyncBatchNorm, which is for CUDA alone."""
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return super().forward(x)
+        variance, mean = torch.var_mean(at_least_float32(x), (0, 2, 3), correction=0)
+        values = torch.full_like(mean, x.numel() / x.shape[1])  # of a channel
+        sums = Sum.apply(torch.stack([values, values * mean, values * (variance + mean.square())]))
+        values, mean = sums[0], sums[1] / sums[0]
+        variance = sums[2] / values - mean.square()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * values / (values - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
+
+
 class Bias(nn.Module):
     """Adds a learned number for each channel and place, (N, C, H, W) -> same."""
 
@@ -1257,10 +1305,10 @@ class Generator(nn.Module):
         base, channels = stage_channels(size, width)
         layers = [nn.ConvTranspose2d(LATENT_SIZE, channels[0], base, bias=False),  # (N, 512, 5, 5)
                   Bias(channels[0], base, base),  # or z = 0 would be the same everywhere: no face, and few near it
-                  nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
+                  BatchNorm(channels[0]), nn.ReLU(inplace=True)]
         for before, after in pairwise(channels):  # (N, 256, 10, 10), (N, 128, 20, 20), … (N, 32, 80, 80)
             layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
-                       *([Blur(after)] if after <= width else []), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+                       *([Blur(after)] if after <= width else []), BatchNorm(after), nn.ReLU(inplace=True)]
         layers += [nn.Conv2d(channels[-1], 3, 3, padding=1, bias=False), nn.Tanh()]  # (N, 3, 80, 80)
         self.layers = nn.Sequential(*layers)
 
@@ -1303,7 +1351,7 @@ class Louder(nn.Module):
 class Discriminator(nn.Module):
     """Faces (N, 3, size, size) in [-1, 1] -> scores (N,): logits or a critic's values, never squashed here."""
 
-    def __init__(self, size: int = 80, width: int = 64, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
+    def __init__(self, size: int = 80, width: int = 64, norm: Callable[[int], nn.Module] = BatchNorm):
         super().__init__()
         base, channels = stage_channels(size, width)
         channels = channels[::-1]
@@ -1399,7 +1447,7 @@ class Objective(ABC):
     """What one GAN asks of training: losses and accuracies from the discriminator's scores (N,), an optimizer, a
     constraint, and when its discriminator is behind."""
     learning_rate: float  # the default
-    norm: Callable[[int], nn.Module] = nn.BatchNorm2d  # of the discriminator
+    norm: Callable[[int], nn.Module] = BatchNorm  # of the discriminator
     enough = 0.9  # the accuracy below which the discriminator is behind
     afterwards = 0  # discriminator updates after each of the generator's, whatever the accuracy
 
@@ -1890,6 +1938,12 @@ class Run:
         path = self.path / "samples" / f"epoch-{epoch:05d}.png"
         self.writer.ask(write_grid, path, draw(pair.averaged, self.fixed_z))
 
+    def save_unfinished(self, pair: Pair) -> None:
+        """Write last.pt in the middle of an epoch, which is as good a place to go on from as its end."""
+        if pair.progress.minibatch:
+            self.check_finite(pair)
+        self.save(pair)
+
     def save(self, pair: Pair, name: str = "") -> None:
         """Write a checkpoint: the named one, or last.pt."""
         state = {"version": CHECKPOINT_FORMAT, "settings": asdict(self.settings), "image_size": self.faces.size,
@@ -2203,6 +2257,78 @@ def move_average(average: nn.Module, network: nn.Module, half_lives: float) -> N
         mean.lerp_(value, weight) if mean.is_floating_point() else mean.copy_(value)  # BatchNorm's counter
 
 
+class StopRequest:
+    """While entered, Ctrl-C and SIGTERM only set `code` (130, 143), the exit code; a second one ends at once."""
+    code: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def handle(self, number: int, frame) -> None:
+        if self.code is not None:
+            os._exit(128 + number)  # writes are atomic: whatever was being written, the last checkpoint is whole
+        self.code = 128 + number
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Ranks:
+    """The processes that train one run, each on a device of its own and on a part of every minibatch. What they add up
+    is the same in each to the last bit, and so is all that they decide from it. The first alone reads and writes the
+    run's files. A single process, which is the rule, is the first of one."""
+
+    def __init__(self, number: int = 0, count: int = 1):
+        self.number, self.count = number, count
+        self.request, self.agreed, self.asked = StopRequest(), False, torch.zeros(1)
+
+    @classmethod
+    @contextmanager
+    def joined(cls, device: torch.device) -> Iterator[Ranks]:
+        """Those that torchrun started, as its environment says. UserError where they cannot work together."""
+        number, count, place = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if count < 2:
+            yield cls()
+            return
+        if device.type == "cuda" and place < torch.cuda.device_count():
+            torch.cuda.set_device(place)
+        elif device.type != "cpu":
+            raise UserError(f"no {device.type} device for process {place + 1} of this machine: lower --nproc_per_node, "
+                            "or say --device cpu")
+        with with_other_ranks():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        yield cls(number, count)
+        Sum.apply(torch.zeros(1, device=device))  # nobody leaves before the first one has written all
+        dist.destroy_process_group()
+
+    def part(self, size: int) -> slice:
+        """Which of the `size` faces of a minibatch are this rank's. UserError where there are too few."""
+        if size < self.count:
+            raise UserError(f"{size} faces in a minibatch are too few for {self.count} processes: raise --batch-size")
+        return slice(size * self.number // self.count, size * (self.number + 1) // self.count)
+
+    def add_up(self, *tensors: Tensor) -> None:
+        """Sum tensors over the ranks, in place, and see whether any rank was asked to stop."""
+        if self.count > 1:
+            asked = tensors[0].new_full((1,), self.request.code is not None)
+            total = Sum.apply(torch.cat([part.flatten() for part in (*tensors, asked)]))
+            *sums, self.asked = total.split([part.numel() for part in (*tensors, asked)])
+            for part, summed in zip(tensors, sums):
+                part.copy_(summed.view(part.shape))
+
+    def agree(self) -> None:
+        """Stop after this minibatch if any rank was asked to when they added up last. Waits for the device."""
+        if self.count > 1 and self.asked:
+            self.agreed, self.request.code = True, self.request.code or 128 + signal.SIGTERM
+
+    @property
+    def stop(self) -> bool:
+        """Whether all stop after this minibatch, with the exit code of the request."""
+        return self.agreed or self.count == 1 and self.request.code is not None
+
+
 def record_cuda_graphs(steps: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
     """Record each step, without running it, as a CUDA graph and return what replays them. RuntimeError where a step or
     the device does not allow it. They share their memory, so the first ones' results last only until the last runs."""
@@ -2225,7 +2351,8 @@ class Pair:
     fake: Tensor  # what `measure` leaves for `update`
     losses: dict[str, Tensor]
 
-    def __init__(self, settings: TrainSettings, size: int, device: torch.device):
+    def __init__(self, settings: TrainSettings, size: int, device: torch.device, ranks: Ranks | None = None):
+        self.ranks = ranks or Ranks()
         self.objective = OBJECTIVES[settings.model](settings)
         self.balance = Balance(settings.balance, self.objective.enough, self.objective.afterwards)
         self.generator = channels_last(seeded(settings.seed, Generator, size, settings.width), device)
@@ -2240,38 +2367,49 @@ class Pair:
         self.rows: list[Tensor] = []  # COLUMNS of each minibatch of the unfinished epoch
         self.precision = pick_precision(settings.precision, device)
         self.autocast = autocast(device, self.precision)
-        self.real = torch.empty(0, device=device)  # the minibatch's faces; with it come z, mix and row
+        self.real = torch.empty(0, device=device)  # this rank's part of a minibatch; with it come z, mix and row
         self.steps = self.plain_steps(keep_graph=False)
         # Updates before a GPU records them: libraries choose their kernels and optimizers make their state.
-        self.warm_up = {"discriminator": 3, "generator": 3} if device.type == "cuda" else {}
+        self.warm_up = {"discriminator": 3, "generator": 3} if device.type == "cuda" and self.ranks.count == 1 else {}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.generator, "discriminator": self.discriminator, "averaged": self.averaged}
 
     def train_on(self, real: Tensor) -> Tensor:
-        """Measure both accuracies on a minibatch of faces (N, 3, S, S), N the same each time, and train the network
-        whose turn it is. Returns its row of COLUMNS, on the device: the host waits for it only to choose."""
+        """Measure both accuracies on a minibatch of faces, of which (N, 3, S, S) are this rank's, N the same each time,
+        and train the network whose turn it is. Returns its row of COLUMNS, on the device: the host waits for it only to
+        choose."""
         if self.real.shape != real.shape:
-            self.real, self.z = torch.empty_like(real), real.new_empty(len(real), LATENT_SIZE)
-            self.mix, self.row = real.new_empty(len(real)), real.new_empty(len(COLUMNS))
+            self.make_room(real)
         self.real.copy_(real)
-        self.z.normal_(generator=self.random)
+        self.all_z.normal_(generator=self.random)
         self.discriminator.louder.boost.fill_(self.objective.boost(self.progress.images_seen))
         if self.balance.decided:
             turn, step = self.balance.choose(0, 0), "run"
         else:
             self.steps["measure"]()
             turn = step = self.balance.choose(*self.row[:2].tolist())
+            self.ranks.agree()
         if turn == "discriminator":
-            self.mix.uniform_(generator=self.random)
+            self.all_mix.uniform_(generator=self.random)
         self.steps[step]()
-        self.count(len(real), turn)
+        self.count(len(self.all_z), turn)
         if self.warm_up:
             self.warm_up[turn] -= 1
             if max(self.warm_up.values()) <= 0:
                 self.record_steps(record_cuda_graphs)
         self.rows.append(self.row.clone())
         return self.rows[-1]
+
+    def make_room(self, real: Tensor) -> None:
+        """Lay out what every minibatch of this shape is read into. Each rank draws the random numbers of all, so that
+        any number of ranks goes on in the same way."""
+        faces = torch.tensor(float(len(real)), device=self.device)
+        self.ranks.add_up(faces)
+        self.share, part = len(real) / faces.item(), self.ranks.part(int(faces))
+        self.real, self.row = torch.empty_like(real), real.new_empty(len(COLUMNS))
+        self.all_z, self.all_mix = real.new_empty(int(faces), LATENT_SIZE), real.new_empty(int(faces))
+        self.z, self.mix = self.all_z[part], self.all_mix[part]
 
     def plain_steps(self, keep_graph: bool) -> dict[str, Callable[[], None]]:
         """The steps by name, in an order in which they can be recorded: with keep_graph, both updates can follow one
@@ -2288,15 +2426,17 @@ class Pair:
             say(f"CUDA graphs do not work here ({one_line(error)}): training goes on without, more slowly")
 
     def measure(self, generator_may_train: bool = True) -> None:
-        """Both networks' forward passes: faces, accuracies and losses."""
+        """Both networks' forward passes: faces, accuracies and losses, these as the rank's share of those of all."""
         with self.autocast():
             with torch.set_grad_enabled(generator_may_train):
                 self.fake = self.generator(self.z)
             real, fake = self.discriminator(self.real.to(self.fake.dtype)), self.discriminator(self.fake)
-        self.losses = {"discriminator": self.objective.discriminator_loss(real, fake),
-                       "generator": self.objective.generator_loss(fake)}
+        self.losses = {"discriminator": self.share * self.objective.discriminator_loss(real, fake),
+                       "generator": self.share * self.objective.generator_loss(fake)}
         with torch.no_grad():
-            torch.stack([*self.objective.accuracies(real, fake), *self.losses.values()], out=self.row[:4])
+            accuracies = [self.share * accuracy for accuracy in self.objective.accuracies(real, fake)]
+            torch.stack([*accuracies, *self.losses.values()], out=self.row[:4])
+            self.ranks.add_up(self.row[:4])
 
     def update(self, turn: str, keep_graph: bool = False) -> None:
         """One optimizer step of one network, down the gradient of its weights alone: backward(inputs=...) follows the
@@ -2304,15 +2444,17 @@ class Pair:
         loss, penalty = self.losses[turn], self.row.new_full((), math.nan)
         if turn == "discriminator":
             with self.autocast():
-                penalty = self.objective.penalty(self.discriminator, self.real.to(self.fake.dtype), self.fake.detach(),
-                                                 self.mix.to(self.fake.dtype))
+                penalty = self.share * self.objective.penalty(
+                    self.discriminator, self.real.to(self.fake.dtype), self.fake.detach(), self.mix.to(self.fake.dtype))
             loss = loss + penalty
+        weights = list(self.networks()[turn].parameters())
         self.optimizers[turn].zero_grad()
-        loss.backward(inputs=list(self.networks()[turn].parameters()), retain_graph=keep_graph)
+        loss.backward(inputs=weights, retain_graph=keep_graph)
+        self.row[4].copy_(penalty.detach())
+        self.ranks.add_up(self.row[4], *(weight.grad for weight in weights if weight.grad is not None))
         self.optimizers[turn].step()
         if turn == "discriminator":
             self.objective.constrain(self.discriminator)
-        self.row[4].copy_(penalty.detach())
         self.row[5].fill_(turn == "discriminator")
         if not keep_graph:
             del self.fake, self.losses  # and with them the activations
@@ -2369,6 +2511,14 @@ class Pair:
             "random": self.random.get_state(), "device": self.device.type, "progress": asdict(self.progress),
             "stats": self.rows, "discriminator_left": self.balance.discriminator_left})
 
+    def share_state(self) -> None:
+        """Give all ranks the state of the first."""
+        if self.ranks.count > 1:
+            box = [{"settings": {"balance": self.balance.rule}, **self.state()}]
+            with with_other_ranks():
+                dist.broadcast_object_list(box)
+            self.load_state(box[0])
+
     def load_state(self, state: dict) -> None:
         """Take over a checkpoint: what `state` returned, on this or another kind of device, and the run's settings."""
         for name, network in self.networks().items():
@@ -2396,22 +2546,73 @@ def describe_epoch(line: dict, images: int, epochs: int) -> str:
             f"D trained {line['discriminator_share']:.0%}")
 
 
-class StopRequest:
-    """While entered, Ctrl-C and SIGTERM only set `code` (130, 143), the exit code; a second one ends at once."""
-    code: int | None = None
+def minibatches(pair: Pair, faces: TrainingFaces, epochs: int) -> Iterator[bool]:
+    """Train to so many epochs or until asked to stop; after each minibatch, whether it was the last of its epoch, which
+    is then to be finished."""
+    progress = pair.progress
+    while progress.epoch < epochs:
+        started = time.monotonic() - progress.seconds
+        for real in faces.epoch(progress.epoch, progress.minibatch):
+            pair.train_on(real)  # measures both networks and trains the one that is behind
+            progress.seconds = time.monotonic() - started
+            yield progress.minibatch == faces.minibatches
+            if pair.ranks.stop:
+                return
 
-    def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
 
-    def handle(self, number: int, frame) -> None:
-        if self.code is not None:
-            os._exit(128 + number)  # writes are atomic: whatever was being written, the last checkpoint is whole
-        self.code = 128 + number
+def follow(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
+    """What each rank but the first does: it trains, and leaves everything else to that one. Returns the exit code."""
+    with StopRequest() as pair.ranks.request:
+        pair.share_state()
+        for ended in minibatches(pair, faces, settings.epochs):
+            if ended:
+                pair.finish_epoch()
+        return pair.ranks.request.code or 0
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+
+def lead(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
+    """What a process alone or the first rank does: it trains, and reads, judges, writes and prints besides. Returns the
+    exit code."""
+    with Run(settings, faces) as run, StopRequest() as stop:
+        pair.ranks.request = stop
+        run.resume(pair)
+        pair.share_state()
+        progress = pair.progress
+        if progress.epoch >= settings.epochs:
+            say(f"{run.path} has {progress.epoch} epochs already: ask for more with --epochs")
+            return 0
+        several = f"{pair.ranks.count} × " if pair.ranks.count > 1 else ""
+        say(f"{settings.model}, {faces.count:,} faces of {faces.size}×{faces.size} pixels, on {several}{pair.device} "
+            f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
+        jury = Jury(run, pair.device)
+
+        images = faces.minibatches * faces.batch_size  # an epoch
+        with tqdm(total=settings.epochs * images, initial=progress.images_seen, unit="img", smoothing=0.05,
+                  dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+            try:
+                for ended in minibatches(pair, faces, settings.epochs):
+                    bar.update(faces.batch_size)
+                    if ended:
+                        run.check_finite(pair)  # before anything of it is saved
+                        line = pair.finish_epoch()
+                        if faces.images is None:
+                            line["waited"] = round(faces.waited / max(line["seconds"], 0.01), 4)
+                        best = jury.consider(pair.averaged, line)  # adds scores to the line, when it is time
+                        run.record(pair, line, best)
+                        say(describe_epoch(line, images, settings.epochs))
+                        if line.get("collapsed") and settings.stop_on_collapse:
+                            stop.code = COLLAPSED
+            except DamagedFaces:
+                run.save_unfinished(pair)
+                raise
+        if stop.code:
+            run.save_unfinished(pair)
+    if stop.code:
+        say(f"stopped in epoch {progress.epoch + 1} and saved; the same command goes on from there")
+        return stop.code
+    say(f"done: {progress.epoch} epochs in {run.path}; now `gan.py generate --run {run.path}` or "
+        f"`gan.py eval --run {run.path}`")
+    return 0
 
 
 def train(settings: TrainSettings) -> int:
@@ -2419,46 +2620,11 @@ def train(settings: TrainSettings) -> int:
     when stopped by --stop-on-collapse."""
     device = pick_device(settings.device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more of them would wait for one another
-    faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device, settings.data_memory)
-    with Run(settings, faces) as run, StopRequest() as stop:
-        pair = Pair(settings, faces.size, device)
-        run.resume(pair)
-        progress = pair.progress
-        if progress.epoch >= settings.epochs:
-            say(f"{run.path} has {progress.epoch} epochs already: ask for more with --epochs")
-            return 0
-        say(f"{settings.model}, {faces.count:,} faces of {faces.size}×{faces.size} pixels, on {device} "
-            f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
-        jury = Jury(run, device)
-        images = faces.minibatches * faces.batch_size  # an epoch
-        with tqdm(total=settings.epochs * images, initial=progress.images_seen, unit="img", smoothing=0.05,
-                  dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
-            while progress.epoch < settings.epochs and not stop.code:
-                started = time.monotonic() - progress.seconds
-                for real in faces.epoch(progress.epoch, progress.minibatch):
-                    pair.train_on(real)  # measures both networks and trains the one that is behind
-                    bar.update(faces.batch_size)
-                    progress.seconds = time.monotonic() - started
-                    if stop.code:
-                        break
-                run.check_finite(pair)  # before anything of it is saved
-                if progress.minibatch == faces.minibatches:
-                    line = pair.finish_epoch()
-                    if faces.images is None:
-                        line["waited"] = round(faces.waited / max(line["seconds"], 0.01), 4)
-                    best = jury.consider(pair.averaged, line)  # adds scores to the line, when it is time
-                    run.record(pair, line, best)
-                    say(describe_epoch(line, images, settings.epochs))
-                    if line.get("collapsed") and settings.stop_on_collapse:
-                        stop.code = COLLAPSED
-            if stop.code:
-                run.save(pair)  # the middle of an epoch is as good a place to go on from as its end
-    if stop.code:
-        say(f"stopped in epoch {progress.epoch + 1} and saved; the same command goes on from there")
-        return stop.code
-    say(f"done: {progress.epoch} epochs in {run.path}; now `gan.py generate --run {run.path}` or "
-        f"`gan.py eval --run {run.path}`")
-    return 0
+    with Ranks.joined(device) as ranks:
+        faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device, settings.data_memory,
+                              ranks.part)
+        pair = Pair(settings, faces.size, device, ranks)
+        return follow(settings, faces, pair) if ranks.number else lead(settings, faces, pair)
 
 
 # ================================================================================================

@@ -492,6 +492,27 @@ def test_a_streamed_run_is_as_a_resident_one(many_files, small_windows, tmp_path
     assert "scores" in streamed["log"][-1] and same(resident, streamed)
 
 
+def test_a_file_damaged_in_mid_run_stops_it_and_nothing_is_lost(many_files, small_windows, tmp_path):
+    """One line names the file; what was trained until then is saved, and with the file mended goes on as if it had never
+    been damaged."""
+    whole, run, data = (tmp_path / name for name in ("whole", "run", "data"))
+    assert gan.train(settings(many_files, whole, epochs=1, batch_size=100, data_memory=0.0)) == 0
+    gan.shutil.copytree(many_files, data)
+    faces = gan.TrainingFaces(data, 100, 0, CPU, 0)
+    path = data / faces.files[faces.order(0)[-1][0][-1]]["file"]
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    with pytest.raises(gan.UserError, match=f"{path} is damaged"):
+        gan.train(settings(data, run, epochs=1, batch_size=100, data_memory=0.0))
+    progress = gan.read_checkpoint(run / "last.pt")["progress"]
+    assert 0 < progress["images_seen"] < 1100
+    path.write_bytes(good)
+    assert gan.train(settings(data, run, epochs=1, batch_size=100, data_memory=0.0)) == 0
+    a, b = outcome(whole), outcome(run)
+    assert [line.pop("waited") >= 0 for line in a["log"] + b["log"]] and a["state"]["settings"].pop("data")
+    assert b["state"]["settings"].pop("data") and same(a, b)
+
+
 @pytest.mark.parametrize(("cgroup", "processes", "free"), [("max", "1", 2048), ("1048576", "1", 1024), ("max", "2", 1024)])
 def test_half_of_what_is_free_is_for_faces(monkeypatch, cgroup, processes, free):
     """What Linux calls available, at most what a container may have, divided among the processes of a machine."""
