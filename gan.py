@@ -74,6 +74,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError, features
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 LATENT_SIZE = 128  # numbers in a latent vector z
@@ -1226,8 +1227,9 @@ def with_other_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise UserError("this process ends because another one of the run did, which says why, or torchrun does "
-                        f"({one_line(error)})") from None
+        reason = re.sub(r"\[\S+\] |\. This is.*", "", one_line(error))  # without places in the source
+        raise UserError("this process ends because another one of the run did, which says why, or torchrun does: "
+                        f"{reason}") from None
 
 
 class Sum(torch.autograd.Function):
@@ -2297,8 +2299,13 @@ class Ranks:
         elif device.type != "cpu":
             raise UserError(f"no {device.type} device for process {place + 1} of this machine: lower --nproc_per_node, "
                             "or say --device cpu")
+        # torchrun's store still has the addresses of before a restart; several machines may not count these alike.
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(count)
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
         with with_other_ranks():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            store = dist.PrefixStore(f"start {start}", next(rendezvous("env://"))[0])
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
+                                    world_size=count)
         yield cls(number, count)
         Sum.apply(torch.zeros(1, device=device))  # nobody leaves before the first one has written all
         dist.destroy_process_group()
