@@ -63,16 +63,18 @@ from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPException, HTTPMessage, parse_headers
 from ipaddress import ip_address
-from itertools import pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError, features
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 LATENT_SIZE = 128  # numbers in a latent vector z
@@ -218,6 +220,9 @@ class TrainSettings:
     precision: str = setting("auto", "of the forward and backward passes: fp32, bf16 or auto (bf16 where the processor "
                              "has it)", one_of("auto", "fp32", "bf16"), "NAME")
     seed: int = setting(0, "seed of weights, order and latent vectors", between(0, 2**31 - 1), "N", fixed=True)
+    data_memory: float | None = setting(None, "what the faces may take of a process's memory; more of them are read "
+                                        "anew each epoch (default: half of what is free)", between(0, 10**6, float),
+                                        "GIB")
     checkpoint: str | None = setting(None, "go on from this one (epoch number or file), not from the last",
                                      metavar="WHICH")
     sample_every: int | None = setting(None, "epochs between sample grids (default: 1 at first, then 2 % apart)",
@@ -927,57 +932,166 @@ def prepare(settings: PrepareSettings) -> dict:
     return manifest
 
 
-def load_faces(data: Path, kind: str = "batches") -> tuple[Tensor, list[dict]]:
-    """Read a dataset's faces to train on, or those of kind 'held_out': (uint8 faces (N, 3, S, S), list of batches).
-    UserError names the file that is not whole."""
+class DamagedFaces(UserError):
+    """A dataset, or a file of it, that is not whole."""
+
+
+@contextmanager
+def damage_told(data: Path) -> Iterator[None]:
+    """DamagedFaces in the place of what a missing file or a wrong manifest causes."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedFaces(f"{error.filename} is missing: run `gan.py prepare` again") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        problem = f"{data / 'manifest.json'} is damaged ({one_line(error)})"
+        raise DamagedFaces(f"{problem}: run `gan.py prepare` again") from None
+
+
+def list_batches(data: Path, kind: str = "batches") -> tuple[int, list[dict]]:
+    """(side of a dataset's faces, its files with faces to train on or of kind 'held_out'), as its manifest says."""
     manifest = read_manifest(data)
     if manifest is None:
         raise UserError(f"no dataset in {data}: make one with `gan.py prepare`, or name yours with --data")
     if manifest.get("version") != DATASET_FORMAT:
         raise UserError(f"{data / 'manifest.json'} is of another version of gan.py: run `gan.py prepare` again")
-    try:
+    with damage_told(data):
         size, batches = manifest["image_size"], manifest.get(kind, [])  # older datasets hold none out
-        count = sum(batch["count"] for batch in batches)
-        faces, start = torch.empty(count, 3, size, size, dtype=torch.uint8), 0
-        for batch in batches:
-            path = data / batch["file"]
-            packed = path.read_bytes()
-            if hashlib.sha256(packed).hexdigest() != batch["sha256"]:
-                raise UserError(f"{path} is damaged (its SHA-256 is not the manifest's): run `gan.py prepare` again")
-            part = torch.load(io.BytesIO(gzip.decompress(packed)), weights_only=True)
-            faces[start:start + len(part)] = part
-            start += len(part)
-        if start != count or kind == "batches" and count != manifest["count"]:
-            raise ValueError(f"{start} faces in the batches, {manifest['count']} in the manifest")
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing: run `gan.py prepare` again") from None
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        problem = f"{data / 'manifest.json'} is damaged ({one_line(error)})"
-        raise UserError(f"{problem}: run `gan.py prepare` again") from None
+        counts = [batch["count"] for batch in batches]
+        if any(type(number) is not int or number < 1 for number in (size, *counts)):
+            raise ValueError("sizes and counts must be whole numbers")
+        if kind == "batches" and sum(counts) != manifest["count"]:
+            raise ValueError(f"{sum(counts)} faces in the batches, {manifest['count']} in the manifest")
+    return size, batches
+
+
+def read_batch(data: Path, size: int, batch: dict) -> Tensor:
+    """The uint8 faces (n, 3, size, size) of one file of a dataset. DamagedFaces names it where it is not whole."""
+    with damage_told(data):
+        path = data / batch["file"]
+        packed = path.read_bytes()
+        if hashlib.sha256(packed).hexdigest() != batch["sha256"]:
+            raise DamagedFaces(f"{path} is damaged (its SHA-256 is not the manifest's): run `gan.py prepare` again")
+        images = torch.load(io.BytesIO(gzip.decompress(packed)), weights_only=True)
+        if images.shape != (batch["count"], 3, size, size):
+            raise ValueError(f"{path.name} holds faces of shape {tuple(images.shape)}")
+    return images
+
+
+def load_faces(data: Path, kind: str = "batches") -> tuple[Tensor, list[dict]]:
+    """Read a dataset's faces to train on, or those of kind 'held_out': (uint8 faces (N, 3, S, S), list of batches).
+    UserError names the file that is not whole."""
+    size, batches = list_batches(data, kind)
+    faces, start = torch.empty(sum(batch["count"] for batch in batches), 3, size, size, dtype=torch.uint8), 0
+    for batch in batches:
+        faces[start:start + batch["count"]] = read_batch(data, size, batch)
+        start += batch["count"]
     return faces, batches
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, for each of the processes that share it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free = sys.maxsize  # where the system does not tell
+    with suppress(AttributeError, OSError, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = 1024 * int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0])
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container; "max" where it has none
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun tells
+
+
+def one_ahead(function: Callable, items: Iterable) -> Iterator:
+    """Like map, with a thread that is at work on the next item while one is used."""
+    items, results = iter(items), deque[Future]()
+    with ThreadPoolExecutor(1) as thread:
+        results.extend(thread.submit(function, item) for item in islice(items, 1))
+        while results:
+            results.extend(thread.submit(function, item) for item in islice(items, 1))
+            yield results.popleft().result()
+
+
 class TrainingFaces:
-    """The faces of a dataset on a device: the number of an epoch -> its minibatches.
+    """The faces of a dataset: the number of an epoch -> its minibatches.
 
-    `images` are uint8 (N, 3, S, S): four times less memory and traffic than float faces. `minibatches` is how many an
-    epoch has, each of `batch_size` faces; what does not fill one is left out, in each epoch others."""
+    `images` are uint8 (N, 3, S, S) on the device, four times less memory and traffic than float faces; None where they
+    would take more than `memory` GiB, by default half of what is free: then their files are read again each epoch.
+    `minibatches` is how many an epoch has, each of `batch_size` faces, of which this process gets its `part`; what does
+    not fill one is left out, in each epoch others. `waited`: seconds that training waited for this epoch's faces."""
+    WINDOW_BYTES = 2 ** 28  # of faces that are shuffled together; two windows are in memory at most
 
-    def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device):
+    def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device, memory: float | None = None,
+                 part: Callable[[int], slice] = slice):
         """UserError where the dataset is not whole."""
-        images, self.files = load_faces(data)
-        self.images, self.size = images.to(device), images.shape[-1]
-        self.batch_size, self.seed = min(batch_size, len(images)), seed
-        self.minibatches = len(images) // self.batch_size
+        self.size, self.files = list_batches(data)
+        self.data, self.seed, self.device, self.waited = data, seed, device, 0.0
+        ends = list(accumulate(file["count"] for file in self.files))
+        self.count, self.places = ends[-1], [slice(*ends) for ends in pairwise([0, *ends])]
+        self.batch_size = min(batch_size, self.count)
+        self.minibatches, self.part = self.count // self.batch_size, part(self.batch_size)
+        room = free_memory(device) / 2 if memory is None else memory * 2 ** 30
+        self.images = load_faces(data)[0].to(device) if self.count * 3 * self.size ** 2 <= room else None
+
+    def first(self, count: int) -> Tensor:
+        """The first faces of the dataset, uint8 on the CPU."""
+        if self.images is not None:
+            return self.images[:count].cpu()
+        files = [file for file, place in zip(self.files, self.places) if place.start < count]
+        return torch.cat([read_batch(self.data, self.size, file) for file in files])[:count]
+
+    def order(self, epoch: int) -> list[tuple[list[int], Tensor]]:
+        """(numbers of its files, numbers of its faces in the order in which they come) of each window of an epoch. It
+        depends on the seed and the epoch alone, whether faces are in memory or not."""
+        random, files = random_stream(f"order of epoch {epoch}", self.seed), torch.arange(len(self.files))
+        most = max(1, self.WINDOW_BYTES // (BATCH_FILE_FACES * 3 * self.size ** 2))
+        if len(files) > most:
+            files = torch.randperm(len(files), generator=random)
+        windows = []
+        for window in files.split(most):
+            numbers = torch.cat([torch.arange(self.places[file].start, self.places[file].stop) for file in window])
+            windows.append((window.tolist(), numbers[torch.randperm(len(numbers), generator=random)]))
+        return windows
+
+    def read_window(self, window: tuple[list[int], Tensor]) -> Tensor:
+        """The uint8 faces of a window in their order."""
+        files, numbers = window
+        where = torch.empty(self.count, dtype=torch.int64)
+        where[numbers] = torch.arange(len(numbers))
+        images = torch.empty(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
+        read = on_all_cores(lambda file: read_batch(self.data, self.size, self.files[file]), files)
+        for file, part in zip(files, read):
+            images[where[self.places[file]]] = part
+        return images
+
+    def stream(self, epoch: int, first: int) -> Iterator[Tensor]:
+        """The uint8 minibatches of an epoch from number `first` on, read from their files."""
+        windows, skipped = deque(self.order(epoch)), first * self.batch_size
+        while windows and skipped >= len(windows[0][1]):
+            skipped -= len(windows.popleft()[1])
+        rest = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        for images in one_ahead(self.read_window, windows):
+            joined = torch.cat([rest, images[skipped:]])
+            del images  # makes room for the next window
+            *whole, rest = joined.tensor_split(tuple(range(self.batch_size, len(joined) + 1, self.batch_size)))
+            yield from whole
+            skipped, rest = 0, rest.clone()
+            del joined, whole
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Tensor]:
-        """The minibatches of an epoch from number `first` on: float faces (batch_size, 3, S, S) in [-1, 1].
-
-        Their order depends on the seed and the epoch alone, so a resumed epoch goes on in the order it began with."""
-        order = torch.randperm(len(self.images), generator=random_stream(f"order of epoch {number}", self.seed))
-        picks = order.to(self.images.device).split(self.batch_size)
-        for picked in picks[first:self.minibatches]:
-            yield to_face(self.images[picked]).contiguous(memory_format=torch.channels_last)
+        """This process's part of the minibatches of an epoch from number `first` on: float faces (n, 3, S, S) in
+        [-1, 1]. A resumed epoch goes on in the order it began with."""
+        if self.images is not None:
+            order = torch.cat([numbers for _, numbers in self.order(number)]).to(self.device)
+            picks = order.split(self.batch_size)[first:self.minibatches]
+            minibatches = (self.images[picked[self.part]] for picked in picks)
+        else:
+            minibatches = (images[self.part].to(self.device) for images in self.stream(number, first))
+        started, self.waited = time.monotonic(), 0.0
+        for images in minibatches:
+            real = to_face(images).contiguous(memory_format=torch.channels_last)
+            self.waited += time.monotonic() - started
+            yield real
+            started = time.monotonic()
 
 
 def to_face(images: Tensor) -> Tensor:
@@ -1107,6 +1221,57 @@ class InstanceNorm(nn.Module):
         return factor * (gradient - spatial_mean(gradient) - normal * spatial_mean(gradient * normal))
 
 
+@contextmanager
+def with_other_ranks() -> Iterator[None]:
+    """What needs all ranks. UserError where another one has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"\[\S+\] |\. This is.*", "", one_line(error))  # without places in the source
+        raise UserError("this process ends because another one of the run did, which says why, or torchrun does: "
+                        f"{reason}") from None
+
+
+class Sum(torch.autograd.Function):
+    """The sum of a tensor over all ranks, the same bits in each; so is its gradient."""
+
+    @staticmethod
+    def forward(context, x: Tensor) -> Tensor:
+        total = x.clone()
+        with with_other_ranks():
+            dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        return Sum.apply(gradient)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation (arXiv 1502.03167), (N, C, H, W) -> same, over the minibatch of all ranks: that of each alone
+    would make other networks of other numbers of ranks. As nn.SyncBatchNorm, which is for CUDA alone."""
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return super().forward(x)
+        variance, mean = torch.var_mean(at_least_float32(x), (0, 2, 3), correction=0)
+        values = torch.full_like(mean, x.numel() / x.shape[1])  # of a channel
+        sums = Sum.apply(torch.stack([values, values * mean, values * (variance + mean.square())]))
+        values, mean = sums[0], sums[1] / sums[0]
+        variance = sums[2] / values - mean.square()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * values / (values - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
+
+
 class Bias(nn.Module):
     """Adds a learned number for each channel and place, (N, C, H, W) -> same."""
 
@@ -1142,10 +1307,10 @@ class Generator(nn.Module):
         base, channels = stage_channels(size, width)
         layers = [nn.ConvTranspose2d(LATENT_SIZE, channels[0], base, bias=False),  # (N, 512, 5, 5)
                   Bias(channels[0], base, base),  # or z = 0 would be the same everywhere: no face, and few near it
-                  nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
+                  BatchNorm(channels[0]), nn.ReLU(inplace=True)]
         for before, after in pairwise(channels):  # (N, 256, 10, 10), (N, 128, 20, 20), … (N, 32, 80, 80)
             layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
-                       *([Blur(after)] if after <= width else []), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+                       *([Blur(after)] if after <= width else []), BatchNorm(after), nn.ReLU(inplace=True)]
         layers += [nn.Conv2d(channels[-1], 3, 3, padding=1, bias=False), nn.Tanh()]  # (N, 3, 80, 80)
         self.layers = nn.Sequential(*layers)
 
@@ -1188,7 +1353,7 @@ class Louder(nn.Module):
 class Discriminator(nn.Module):
     """Faces (N, 3, size, size) in [-1, 1] -> scores (N,): logits or a critic's values, never squashed here."""
 
-    def __init__(self, size: int = 80, width: int = 64, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
+    def __init__(self, size: int = 80, width: int = 64, norm: Callable[[int], nn.Module] = BatchNorm):
         super().__init__()
         base, channels = stage_channels(size, width)
         channels = channels[::-1]
@@ -1284,7 +1449,7 @@ class Objective(ABC):
     """What one GAN asks of training: losses and accuracies from the discriminator's scores (N,), an optimizer, a
     constraint, and when its discriminator is behind."""
     learning_rate: float  # the default
-    norm: Callable[[int], nn.Module] = nn.BatchNorm2d  # of the discriminator
+    norm: Callable[[int], nn.Module] = BatchNorm  # of the discriminator
     enough = 0.9  # the accuracy below which the discriminator is behind
     afterwards = 0  # discriminator updates after each of the generator's, whatever the accuracy
 
@@ -1733,7 +1898,7 @@ class Run:
         self.log = read_log(self.path, pair.progress.epoch)
         atomic_write(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
         if not path:
-            write_grid(self.path / "samples" / "real.png", self.faces.images[:100].cpu())
+            write_grid(self.path / "samples" / "real.png", self.faces.first(100))
             self.save_grid(pair, 0)
 
     def is_due(self, every: int, epoch: int) -> bool:
@@ -1774,6 +1939,12 @@ class Run:
         """Draw the same 100 latent vectors as always."""
         path = self.path / "samples" / f"epoch-{epoch:05d}.png"
         self.writer.ask(write_grid, path, draw(pair.averaged, self.fixed_z))
+
+    def save_unfinished(self, pair: Pair) -> None:
+        """Write last.pt in the middle of an epoch, which is as good a place to go on from as its end."""
+        if pair.progress.minibatch:
+            self.check_finite(pair)
+        self.save(pair)
 
     def save(self, pair: Pair, name: str = "") -> None:
         """Write a checkpoint: the named one, or last.pt."""
@@ -2002,7 +2173,7 @@ class Jury:
         self.judged = [line["scores"] for line in run.log if "scores" in line]
         try:
             held_out, _ = load_faces(Path(run.settings.data), "held_out")
-            self.judge = Judge(run.faces.images, held_out, device)
+            self.judge = Judge(run.faces.first(2 * JUDGED_FACES), held_out, device)
             self.z = draw_latents(self.judge.count, run.settings.seed + 1)
         except UserError as error:
             say(f"nothing is judged: {error}")
@@ -2088,6 +2259,83 @@ def move_average(average: nn.Module, network: nn.Module, half_lives: float) -> N
         mean.lerp_(value, weight) if mean.is_floating_point() else mean.copy_(value)  # BatchNorm's counter
 
 
+class StopRequest:
+    """While entered, Ctrl-C and SIGTERM only set `code` (130, 143), the exit code; a second one ends at once."""
+    code: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def handle(self, number: int, frame) -> None:
+        if self.code is not None:
+            os._exit(128 + number)  # writes are atomic: whatever was being written, the last checkpoint is whole
+        self.code = 128 + number
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Ranks:
+    """The processes that train one run, each on a device of its own and on a part of every minibatch. What they add up
+    is the same in each to the last bit, and so is all that they decide from it. The first alone reads and writes the
+    run's files. A single process, which is the rule, is the first of one."""
+
+    def __init__(self, number: int = 0, count: int = 1):
+        self.number, self.count = number, count
+        self.request, self.agreed, self.asked = StopRequest(), False, torch.zeros(1)
+
+    @classmethod
+    @contextmanager
+    def joined(cls, device: torch.device) -> Iterator[Ranks]:
+        """Those that torchrun started, as its environment says. UserError where they cannot work together."""
+        number, count, place = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if count < 2:
+            yield cls()
+            return
+        if device.type == "cuda" and place < torch.cuda.device_count():
+            torch.cuda.set_device(place)
+        elif device.type != "cpu":
+            raise UserError(f"no {device.type} device for process {place + 1} of this machine: lower --nproc_per_node, "
+                            "or say --device cpu")
+        # torchrun's store still has the addresses of before a restart; several machines may not count these alike.
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(count)
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+        with with_other_ranks():
+            store = dist.PrefixStore(f"start {start}", next(rendezvous("env://"))[0])
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
+                                    world_size=count)
+        yield cls(number, count)
+        Sum.apply(torch.zeros(1, device=device))  # nobody leaves before the first one has written all
+        dist.destroy_process_group()
+
+    def part(self, size: int) -> slice:
+        """Which of the `size` faces of a minibatch are this rank's. UserError where there are too few."""
+        if size < self.count:
+            raise UserError(f"{size} faces in a minibatch are too few for {self.count} processes: raise --batch-size")
+        return slice(size * self.number // self.count, size * (self.number + 1) // self.count)
+
+    def add_up(self, *tensors: Tensor) -> None:
+        """Sum tensors over the ranks, in place, and see whether any rank was asked to stop."""
+        if self.count > 1:
+            asked = tensors[0].new_full((1,), self.request.code is not None)
+            total = Sum.apply(torch.cat([part.flatten() for part in (*tensors, asked)]))
+            *sums, self.asked = total.split([part.numel() for part in (*tensors, asked)])
+            for part, summed in zip(tensors, sums):
+                part.copy_(summed.view(part.shape))
+
+    def agree(self) -> None:
+        """Stop after this minibatch if any rank was asked to when they added up last. Waits for the device."""
+        if self.count > 1 and self.asked:
+            self.agreed, self.request.code = True, self.request.code or 128 + signal.SIGTERM
+
+    @property
+    def stop(self) -> bool:
+        """Whether all stop after this minibatch, with the exit code of the request."""
+        return self.agreed or self.count == 1 and self.request.code is not None
+
+
 def record_cuda_graphs(steps: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
     """Record each step, without running it, as a CUDA graph and return what replays them. RuntimeError where a step or
     the device does not allow it. They share their memory, so the first ones' results last only until the last runs."""
@@ -2110,7 +2358,8 @@ class Pair:
     fake: Tensor  # what `measure` leaves for `update`
     losses: dict[str, Tensor]
 
-    def __init__(self, settings: TrainSettings, size: int, device: torch.device):
+    def __init__(self, settings: TrainSettings, size: int, device: torch.device, ranks: Ranks | None = None):
+        self.ranks = ranks or Ranks()
         self.objective = OBJECTIVES[settings.model](settings)
         self.balance = Balance(settings.balance, self.objective.enough, self.objective.afterwards)
         self.generator = channels_last(seeded(settings.seed, Generator, size, settings.width), device)
@@ -2125,38 +2374,49 @@ class Pair:
         self.rows: list[Tensor] = []  # COLUMNS of each minibatch of the unfinished epoch
         self.precision = pick_precision(settings.precision, device)
         self.autocast = autocast(device, self.precision)
-        self.real = torch.empty(0, device=device)  # the minibatch's faces; with it come z, mix and row
+        self.real = torch.empty(0, device=device)  # this rank's part of a minibatch; with it come z, mix and row
         self.steps = self.plain_steps(keep_graph=False)
         # Updates before a GPU records them: libraries choose their kernels and optimizers make their state.
-        self.warm_up = {"discriminator": 3, "generator": 3} if device.type == "cuda" else {}
+        self.warm_up = {"discriminator": 3, "generator": 3} if device.type == "cuda" and self.ranks.count == 1 else {}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.generator, "discriminator": self.discriminator, "averaged": self.averaged}
 
     def train_on(self, real: Tensor) -> Tensor:
-        """Measure both accuracies on a minibatch of faces (N, 3, S, S), N the same each time, and train the network
-        whose turn it is. Returns its row of COLUMNS, on the device: the host waits for it only to choose."""
+        """Measure both accuracies on a minibatch of faces, of which (N, 3, S, S) are this rank's, N the same each time,
+        and train the network whose turn it is. Returns its row of COLUMNS, on the device: the host waits for it only to
+        choose."""
         if self.real.shape != real.shape:
-            self.real, self.z = torch.empty_like(real), real.new_empty(len(real), LATENT_SIZE)
-            self.mix, self.row = real.new_empty(len(real)), real.new_empty(len(COLUMNS))
+            self.make_room(real)
         self.real.copy_(real)
-        self.z.normal_(generator=self.random)
+        self.all_z.normal_(generator=self.random)
         self.discriminator.louder.boost.fill_(self.objective.boost(self.progress.images_seen))
         if self.balance.decided:
             turn, step = self.balance.choose(0, 0), "run"
         else:
             self.steps["measure"]()
             turn = step = self.balance.choose(*self.row[:2].tolist())
+            self.ranks.agree()
         if turn == "discriminator":
-            self.mix.uniform_(generator=self.random)
+            self.all_mix.uniform_(generator=self.random)
         self.steps[step]()
-        self.count(len(real), turn)
+        self.count(len(self.all_z), turn)
         if self.warm_up:
             self.warm_up[turn] -= 1
             if max(self.warm_up.values()) <= 0:
                 self.record_steps(record_cuda_graphs)
         self.rows.append(self.row.clone())
         return self.rows[-1]
+
+    def make_room(self, real: Tensor) -> None:
+        """Lay out what every minibatch of this shape is read into. Each rank draws the random numbers of all, so that
+        any number of ranks goes on in the same way."""
+        faces = torch.tensor(float(len(real)), device=self.device)
+        self.ranks.add_up(faces)
+        self.share, part = len(real) / faces.item(), self.ranks.part(int(faces))
+        self.real, self.row = torch.empty_like(real), real.new_empty(len(COLUMNS))
+        self.all_z, self.all_mix = real.new_empty(int(faces), LATENT_SIZE), real.new_empty(int(faces))
+        self.z, self.mix = self.all_z[part], self.all_mix[part]
 
     def plain_steps(self, keep_graph: bool) -> dict[str, Callable[[], None]]:
         """The steps by name, in an order in which they can be recorded: with keep_graph, both updates can follow one
@@ -2173,15 +2433,17 @@ class Pair:
             say(f"CUDA graphs do not work here ({one_line(error)}): training goes on without, more slowly")
 
     def measure(self, generator_may_train: bool = True) -> None:
-        """Both networks' forward passes: faces, accuracies and losses."""
+        """Both networks' forward passes: faces, accuracies and losses, these as the rank's share of those of all."""
         with self.autocast():
             with torch.set_grad_enabled(generator_may_train):
                 self.fake = self.generator(self.z)
             real, fake = self.discriminator(self.real.to(self.fake.dtype)), self.discriminator(self.fake)
-        self.losses = {"discriminator": self.objective.discriminator_loss(real, fake),
-                       "generator": self.objective.generator_loss(fake)}
+        self.losses = {"discriminator": self.share * self.objective.discriminator_loss(real, fake),
+                       "generator": self.share * self.objective.generator_loss(fake)}
         with torch.no_grad():
-            torch.stack([*self.objective.accuracies(real, fake), *self.losses.values()], out=self.row[:4])
+            accuracies = [self.share * accuracy for accuracy in self.objective.accuracies(real, fake)]
+            torch.stack([*accuracies, *self.losses.values()], out=self.row[:4])
+            self.ranks.add_up(self.row[:4])
 
     def update(self, turn: str, keep_graph: bool = False) -> None:
         """One optimizer step of one network, down the gradient of its weights alone: backward(inputs=...) follows the
@@ -2189,15 +2451,17 @@ class Pair:
         loss, penalty = self.losses[turn], self.row.new_full((), math.nan)
         if turn == "discriminator":
             with self.autocast():
-                penalty = self.objective.penalty(self.discriminator, self.real.to(self.fake.dtype), self.fake.detach(),
-                                                 self.mix.to(self.fake.dtype))
+                penalty = self.share * self.objective.penalty(
+                    self.discriminator, self.real.to(self.fake.dtype), self.fake.detach(), self.mix.to(self.fake.dtype))
             loss = loss + penalty
+        weights = list(self.networks()[turn].parameters())
         self.optimizers[turn].zero_grad()
-        loss.backward(inputs=list(self.networks()[turn].parameters()), retain_graph=keep_graph)
+        loss.backward(inputs=weights, retain_graph=keep_graph)
+        self.row[4].copy_(penalty.detach())
+        self.ranks.add_up(self.row[4], *(weight.grad for weight in weights if weight.grad is not None))
         self.optimizers[turn].step()
         if turn == "discriminator":
             self.objective.constrain(self.discriminator)
-        self.row[4].copy_(penalty.detach())
         self.row[5].fill_(turn == "discriminator")
         if not keep_graph:
             del self.fake, self.losses  # and with them the activations
@@ -2254,6 +2518,14 @@ class Pair:
             "random": self.random.get_state(), "device": self.device.type, "progress": asdict(self.progress),
             "stats": self.rows, "discriminator_left": self.balance.discriminator_left})
 
+    def share_state(self) -> None:
+        """Give all ranks the state of the first."""
+        if self.ranks.count > 1:
+            box = [{"settings": {"balance": self.balance.rule}, **self.state()}]
+            with with_other_ranks():
+                dist.broadcast_object_list(box)
+            self.load_state(box[0])
+
     def load_state(self, state: dict) -> None:
         """Take over a checkpoint: what `state` returned, on this or another kind of device, and the run's settings."""
         for name, network in self.networks().items():
@@ -2275,27 +2547,79 @@ def describe_epoch(line: dict, images: int, epochs: int) -> str:
     """A line for the terminal about a finished epoch of so many images: speed, time left, and how both networks do."""
     seconds = max(line["seconds"], 0.01)
     left = tqdm.format_interval((epochs - line["epoch"]) * seconds)
-    return (f"epoch {line['epoch']}/{epochs}: {images / seconds:.1f} img/s, {left} left, "
+    waited = f"waited {line['waited']:.1%} for faces, " if "waited" in line else ""
+    return (f"epoch {line['epoch']}/{epochs}: {images / seconds:.1f} img/s, {left} left, {waited}"
             f"acc D {line['discriminator_accuracy']:.2f} G {line['generator_accuracy']:.2f}, "
             f"D trained {line['discriminator_share']:.0%}")
 
 
-class StopRequest:
-    """While entered, Ctrl-C and SIGTERM only set `code` (130, 143), the exit code; a second one ends at once."""
-    code: int | None = None
+def minibatches(pair: Pair, faces: TrainingFaces, epochs: int) -> Iterator[bool]:
+    """Train to so many epochs or until asked to stop; after each minibatch, whether it was the last of its epoch, which
+    is then to be finished."""
+    progress = pair.progress
+    while progress.epoch < epochs:
+        started = time.monotonic() - progress.seconds
+        for real in faces.epoch(progress.epoch, progress.minibatch):
+            pair.train_on(real)  # measures both networks and trains the one that is behind
+            progress.seconds = time.monotonic() - started
+            yield progress.minibatch == faces.minibatches
+            if pair.ranks.stop:
+                return
 
-    def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
 
-    def handle(self, number: int, frame) -> None:
-        if self.code is not None:
-            os._exit(128 + number)  # writes are atomic: whatever was being written, the last checkpoint is whole
-        self.code = 128 + number
+def follow(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
+    """What each rank but the first does: it trains, and leaves everything else to that one. Returns the exit code."""
+    with StopRequest() as pair.ranks.request:
+        pair.share_state()
+        for ended in minibatches(pair, faces, settings.epochs):
+            if ended:
+                pair.finish_epoch()
+        return pair.ranks.request.code or 0
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+
+def lead(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
+    """What a process alone or the first rank does: it trains, and reads, judges, writes and prints besides. Returns the
+    exit code."""
+    with Run(settings, faces) as run, StopRequest() as stop:
+        pair.ranks.request = stop
+        run.resume(pair)
+        pair.share_state()
+        progress = pair.progress
+        if progress.epoch >= settings.epochs:
+            say(f"{run.path} has {progress.epoch} epochs already: ask for more with --epochs")
+            return 0
+        several = f"{pair.ranks.count} × " if pair.ranks.count > 1 else ""
+        say(f"{settings.model}, {faces.count:,} faces of {faces.size}×{faces.size} pixels, on {several}{pair.device} "
+            f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
+        jury = Jury(run, pair.device)
+
+        images = faces.minibatches * faces.batch_size  # an epoch
+        with tqdm(total=settings.epochs * images, initial=progress.images_seen, unit="img", smoothing=0.05,
+                  dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+            try:
+                for ended in minibatches(pair, faces, settings.epochs):
+                    bar.update(faces.batch_size)
+                    if ended:
+                        run.check_finite(pair)  # before anything of it is saved
+                        line = pair.finish_epoch()
+                        if faces.images is None:
+                            line["waited"] = round(faces.waited / max(line["seconds"], 0.01), 4)
+                        best = jury.consider(pair.averaged, line)  # adds scores to the line, when it is time
+                        run.record(pair, line, best)
+                        say(describe_epoch(line, images, settings.epochs))
+                        if line.get("collapsed") and settings.stop_on_collapse:
+                            stop.code = COLLAPSED
+            except DamagedFaces:
+                run.save_unfinished(pair)
+                raise
+        if stop.code:
+            run.save_unfinished(pair)
+    if stop.code:
+        say(f"stopped in epoch {progress.epoch + 1} and saved; the same command goes on from there")
+        return stop.code
+    say(f"done: {progress.epoch} epochs in {run.path}; now `gan.py generate --run {run.path}` or "
+        f"`gan.py eval --run {run.path}`")
+    return 0
 
 
 def train(settings: TrainSettings) -> int:
@@ -2303,45 +2627,11 @@ def train(settings: TrainSettings) -> int:
     when stopped by --stop-on-collapse."""
     device = pick_device(settings.device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more of them would wait for one another
-    faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device)
-    with Run(settings, faces) as run, StopRequest() as stop:
-        pair = Pair(settings, faces.size, device)
-        run.resume(pair)
-        progress = pair.progress
-        if progress.epoch >= settings.epochs:
-            say(f"{run.path} has {progress.epoch} epochs already: ask for more with --epochs")
-            return 0
-        say(f"{settings.model}, {len(faces.images):,} faces of {faces.size}×{faces.size} pixels, on {device} "
-            f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
-        jury = Jury(run, device)
-
-        images = faces.minibatches * faces.batch_size  # an epoch
-        with tqdm(total=settings.epochs * images, initial=progress.images_seen, unit="img", smoothing=0.05,
-                  dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
-            while progress.epoch < settings.epochs and not stop.code:
-                started = time.monotonic() - progress.seconds
-                for real in faces.epoch(progress.epoch, progress.minibatch):
-                    pair.train_on(real)  # measures both networks and trains the one that is behind
-                    bar.update(faces.batch_size)
-                    progress.seconds = time.monotonic() - started
-                    if stop.code:
-                        break
-                run.check_finite(pair)  # before anything of it is saved
-                if progress.minibatch == faces.minibatches:
-                    line = pair.finish_epoch()
-                    best = jury.consider(pair.averaged, line)  # adds scores to the line, when it is time
-                    run.record(pair, line, best)
-                    say(describe_epoch(line, images, settings.epochs))
-                    if line.get("collapsed") and settings.stop_on_collapse:
-                        stop.code = COLLAPSED
-            if stop.code:
-                run.save(pair)  # the middle of an epoch is as good a place to go on from as its end
-    if stop.code:
-        say(f"stopped in epoch {progress.epoch + 1} and saved; the same command goes on from there")
-        return stop.code
-    say(f"done: {progress.epoch} epochs in {run.path}; now `gan.py generate --run {run.path}` or "
-        f"`gan.py eval --run {run.path}`")
-    return 0
+    with Ranks.joined(device) as ranks:
+        faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device, settings.data_memory,
+                              ranks.part)
+        pair = Pair(settings, faces.size, device, ranks)
+        return follow(settings, faces, pair) if ranks.number else lead(settings, faces, pair)
 
 
 # ================================================================================================

@@ -1,10 +1,11 @@
-"""Measure gan.py against plain implementations:  python tests/bench.py train|prepare|serve|studio [--json]
+"""Measure gan.py against plain implementations:  python tests/bench.py train|prepare|serve|studio|scale [--json]
 
     train     the balanced loop of gan.py against tests/reference.py, the same sequence of updates on both sides; then
               a real training process for its memory and for what sampling, logging and checkpoints cost
     prepare   photos to a dataset against one process that decodes and packs float32 with gzip's level 9
     serve     faces over HTTP against a plain server: one client, then 32 at once; how long a touch and a photo take
     studio    on a real run (--run, --data): do a region's sliders leave the rest alone, do photos find their likeness
+    scale     what ranks send one another in an update, measured; and by arithmetic what that means for many GPUs
 
 Both sides take turns, A B A B, so that a noisy machine is noisy for both; medians and spreads (least to most) are
 printed. Slow evidence, not collected by pytest: let nothing else run beside it."""
@@ -13,6 +14,7 @@ import gzip
 import http.client
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -377,18 +379,86 @@ def bench_studio(options) -> dict:
                     for name, values in ranks.items()}
 
 
+# ---- scale ----
+
+LINKS = {"NVLink": (450e9, 10e-6), "100 Gbit/s": (12.5e9, 30e-6), "25 Gbit/s": (3.125e9, 30e-6)}  # bytes/s, s a hop: assumed
+GPU_SPEED = 100e12  # FLOP/s of a GPU in these networks: a tenth of an H100's peak in bf16. Assumed, not measured
+LEAST_UPDATE = 4e-3  # s that launching an update's kernels one by one takes: 800 of 5 µs. Assumed, not measured
+MACHINE = 8  # GPUs joined by NVLink; one link leads out of a machine
+
+
+def sent_by(pair: gan.Pair, turn: str) -> list[int]:
+    """Bytes of each sum over ranks in one minibatch, as two ranks of a hollow process group would send them."""
+    sent, real = [], torch.distributed.all_reduce
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.all_reduce = lambda tensor: sent.append(tensor.numel() * tensor.element_size())
+    try:
+        pair.ranks.count, pair.ranks.part = 2, slice  # this rank has the whole minibatch, and nobody else is there
+        pair.balance, pair.share = gan.Balance(1, discriminator_left=int(turn == "discriminator")), 1.0
+        pair.train_on(torch.rand(20, 3, 80, 80).contiguous(memory_format=torch.channels_last))
+        sent.clear()
+        pair.balance = gan.Balance(1, discriminator_left=int(turn == "discriminator"))
+        pair.train_on(pair.real)
+    finally:
+        torch.distributed.all_reduce = real
+        torch.distributed.destroy_process_group()
+    return sent
+
+
+def seconds_of_sums(sent: list[int], gpus: int, link: str) -> float:
+    """Of ring sums among the GPUs of a machine, then among machines over the link; a sum of few bytes takes its hops."""
+    machines, total = math.ceil(gpus / MACHINE), 0.0
+    for size in sent:
+        for members, name in ((min(gpus, MACHINE), "NVLink"), (machines, link)):
+            speed, hop = LINKS[name]
+            total += 2 * (members - 1) / members * size / speed + 2 * math.log2(members) * hop
+    return total
+
+
+def bench_scale(options) -> dict:
+    """Measured: bytes, sums, FLOPs and an update's time here. By arithmetic: the rest, for 20 faces a GPU and for as
+    many as keep 80 % of the GPUs' speed; nothing is taken to hide behind the backward pass."""
+    found: dict = {"model": options.model}
+    cpu, sent = torch.device("cpu"), {}
+    for turn in ("discriminator", "generator"):
+        sent[turn] = sent_by(gan.Pair(gan.TrainSettings(model=options.model), 80, cpu), turn)
+        found[f"{turn} update"] = {"sums": len(sent[turn]), "MB": round(sum(sent[turn]) / 1e6, 2),
+                                   "of which gradients": round(max(sent[turn]) / 1e6, 2)}
+    pair = gan.Pair(gan.TrainSettings(model=options.model), 80, cpu)
+    real, pair.balance = torch.rand(20, 3, 80, 80).contiguous(memory_format=torch.channels_last), Scripted()
+    with FlopCounterMode(display=False) as counter:
+        for _ in TURNS:
+            pair.train_on(real)
+    flops = counter.get_total_flops() / len(TURNS) / 20
+    seconds = alternate({"": lambda: [pair.train_on(real) for _ in TURNS]}, options.rounds)[""]
+    here = statistics.median(seconds) / len(TURNS)
+    found |= {"GFLOP a face and update": round(flops / 1e9, 2), "ms an update of 20 faces here": round(1e3 * here, 1)}
+    share = TURNS.count("discriminator") / len(TURNS)
+    for link in ("100 Gbit/s", "25 Gbit/s"):
+        for gpus in (8, 64, 256):
+            sums = sum(part * seconds_of_sums(sent[turn], gpus, link)
+                       for turn, part in (("discriminator", share), ("generator", 1 - share)))
+            computing = max(LEAST_UPDATE, 20 * flops / GPU_SPEED)
+            enough = max(1, math.ceil(4 * sums * GPU_SPEED / flops)) if 4 * sums > LEAST_UPDATE else 1
+            found[f"{gpus} GPUs, {link} between machines of {MACHINE}"] = {
+                "ms of sums": round(1e3 * sums, 2), "ms of computing 20 faces each": round(1e3 * computing, 2),
+                "efficiency": round(computing / (computing + sums), 2), "80 % from a minibatch of": gpus * enough}
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("train", "prepare", "serve", "studio"):
+    for name in ("train", "prepare", "serve", "studio", "scale"):
         command = commands.add_parser(name)
         command.add_argument("--rounds", type=int, default=5)
         command.add_argument("--json", action="store_true", help="one JSON object on standard output")
         source = {"train": "a dataset written by prepare (default: drawn faces)",
                   "prepare": "photos (default: drawn ones)", "studio": "the run's dataset"}.get(name, "not used")
         command.add_argument("--data", type=Path, help=source)
-        if name == "train":
+        if name in ("train", "scale"):
             command.add_argument("--model", choices=list(gan.OBJECTIVES), default="WGAN-GP")
+        if name == "train":
             command.add_argument("--precision", default="auto")
             command.add_argument("--device", default="auto")
             command.add_argument("--epochs", type=int, default=10, help="of the whole training, 0 for none")
@@ -401,7 +471,8 @@ def main() -> int:
     if options.command == "plain-server":
         return plain_server(options.port)
     stdout, sys.stdout = sys.stdout, sys.stderr if options.json else sys.stdout
-    found = {"train": bench_train, "prepare": bench_prepare, "serve": bench_serve, "studio": bench_studio}[options.command](options)
+    found = {"train": bench_train, "prepare": bench_prepare, "serve": bench_serve, "studio": bench_studio,
+             "scale": bench_scale}[options.command](options)
     if options.json:
         print(json.dumps(found, indent=1), file=stdout)
     else:

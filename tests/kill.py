@@ -1,10 +1,10 @@
-"""Kill training at random and see that nothing is lost:  python tests/kill.py [--kills 20] [--seed 0]
+"""Kill training at random and see that nothing is lost:  python tests/kill.py [--kills 20] [--seed 0] [--ranks 1]
 
 For each of the three GANs a run is killed with SIGKILL again and again and started again with the same command: half of
 the times after a random time, half in the middle of a random write (a file's data, fsync or rename: checkpoints, sample
-grids, the log). At the end it must be bit-identical to a run that nothing disturbed. POSIX only; some minutes."""
+grids, the log). At the end it must be bit-identical to a run that nothing disturbed. Of several ranks any is killed, or
+the first in the middle of a write: the others must end by themselves. POSIX only; some minutes."""
 import argparse
-import os
 import random
 import subprocess
 import sys
@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from ranks import start
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,7 +22,7 @@ import gan  # noqa: E402
 DYING = """
 import builtins, os, signal, sys
 import gan
-left = [int(sys.argv.pop(1))]
+left = [int(sys.argv.pop(1))] if os.environ["RANK"] == "0" else [sys.argv.pop(1) and 0]
 def dying(real, half=None):
     def call(*arguments):
         left[0] -= 1
@@ -41,20 +42,20 @@ sys.exit(gan.main(sys.argv[1:]))
 """
 
 
-def train(data: Path, run: Path, model: str, *, die_at_write: int | None = None,
+def train(data: Path, run: Path, model: str, ranks: int, *, victim: int = 0, die_at_write: int | None = None,
           die_after: float | None = None) -> bool:
-    """Train to epoch 40; returns whether the process was killed."""
-    code = [str(ROOT / "gan.py")] if die_at_write is None else ["-c", DYING, str(die_at_write)]
-    command = [sys.executable, *code, "train", "--data", str(data), "--run", str(run), "--model", model,
-               "--width", "8", "--epochs", "40", "--save-every", "1", "--keep-every", "10", "--device", "cpu"]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    """Train to epoch 40; returns whether a rank was killed."""
+    code = [ROOT / "gan.py"] if die_at_write is None else ["-c", DYING, die_at_write]
+    processes = start(ranks, *code, "train", "--data", data, "--run", run, "--model", model, "--width", 8, "--epochs", 40,
+                      "--save-every", 1, "--keep-every", 10, "--device", "cpu", stdout=subprocess.DEVNULL)
     try:
-        process.wait(timeout=die_after)
+        processes[victim].wait(timeout=die_after)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    assert process.returncode in (0, -9), f"exit code {process.returncode}"
-    return process.returncode == -9
+        processes[victim].kill()
+    codes = [process.wait(timeout=60) for process in processes]
+    killed = codes[victim] == -9
+    assert set(codes) <= ({1, -9} if killed else {0}) and codes.count(-9) == killed, f"exit codes {codes}"
+    return killed
 
 
 def flatten(value, name: str = ""):
@@ -85,6 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1)
     arguments = parser.parse_args()
     chance, failed = random.Random(arguments.seed), 0
     with tempfile.TemporaryDirectory() as folder:
@@ -92,20 +94,21 @@ def main() -> int:
         gan.prepare(gan.PrepareSettings(demo=True, data=str(data), size=32, limit=200))
         for model in gan.OBJECTIVES:
             whole, broken = Path(folder) / f"{model}-whole", Path(folder) / f"{model}-broken"
-            train(data, whole, model)
+            train(data, whole, model, arguments.ranks)
             by_time = by_write = 0
             problems = []
             while by_time + by_write < arguments.kills and not problems:
                 if chance.random() < 0.5:
-                    by_time += train(data, broken, model, die_after=chance.uniform(1, 8))
+                    by_time += train(data, broken, model, arguments.ranks, die_after=chance.uniform(1, 8) * arguments.ranks,
+                                     victim=chance.randrange(arguments.ranks))
                 else:
-                    by_write += train(data, broken, model, die_at_write=chance.randint(1, 40))
+                    by_write += train(data, broken, model, arguments.ranks, die_at_write=chance.randint(1, 40))
                 log = gan.read_log(broken)
                 if log and log[-1]["epoch"] >= 38:  # done before it was killed often enough: compare, and start again
-                    train(data, broken, model)
+                    train(data, broken, model, arguments.ranks)
                     problems = differences(whole, broken)
                     gan.shutil.rmtree(broken)
-            train(data, broken, model)
+            train(data, broken, model, arguments.ranks)
             problems = problems or differences(whole, broken)
             failed += bool(problems)
             print(f"{model}: killed {by_time} times at a random time and {by_write} times in a random write, then "

@@ -82,7 +82,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, code, w
 
 RANGES = [("prepare", "crop", 0.05, 1.0), ("prepare", "per_person", 0, 10**6), ("prepare", "limit", 0, 10**7),
           ("train", "epochs", 1, 10**7), ("train", "batch_size", 2, 10**5), ("train", "width", 4, 512),
-          ("train", "learning_rate", 1e-7, 1.0), ("train", "clip", 1e-4, 100.0), ("train", "sample_every", 1, 10**7),
+          ("train", "learning_rate", 1e-7, 1.0), ("train", "data_memory", 0.0, 1e6), ("train", "clip", 1e-4, 100.0), ("train", "sample_every", 1, 10**7),
           ("train", "save_every", 1, 10**7), ("train", "keep_every", 1, 10**7), ("train", "judge_every", 1, 10**7),
           ("train", "balance", 1, 1000), ("generate", "count", 1, 10**6), ("generate", "min_abs", 0.0, 3.0),
           ("eval", "port", 0, 65535), ("demo", "port", 0, 65535),

@@ -425,6 +425,103 @@ def test_an_epoch_can_be_begun_at_any_minibatch(dataset):
     assert gan.TrainingFaces(dataset, 100, 0, CPU).batch_size == 64
 
 
+@pytest.fixture(scope="module")
+def many_files(tmp_path_factory) -> Path:
+    """A dataset of 1,130 drawn faces in six files; read only."""
+    data = tmp_path_factory.mktemp("many") / "data"
+    gan.prepare(gan.PrepareSettings(demo=True, data=str(data), size=32, limit=1130))
+    return data
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Two files are shuffled together."""
+    monkeypatch.setattr(gan.TrainingFaces, "WINDOW_BYTES", 2 * gan.BATCH_FILE_FACES * 3 * 32 ** 2)
+
+
+@pytest.mark.parametrize("batch_size", [20, 300, 900])
+def test_streamed_faces_come_in_the_order_of_resident_ones(many_files, small_windows, batch_size):
+    """Every epoch from any minibatch on, whatever a window holds of minibatches or these of windows, each face once."""
+    resident, streamed = (gan.TrainingFaces(many_files, batch_size, 0, CPU, memory) for memory in (None, 0))
+    assert streamed.images is None and streamed.minibatches == 1130 // batch_size
+    assert torch.equal(streamed.first(250), gan.load_faces(many_files)[0][:250])
+    epochs = [list(faces.epoch(number)) for number in (0, 1) for faces in (resident, streamed)]
+    assert same(epochs[0], epochs[1]) and same(epochs[2], epochs[3]) and not same(epochs[0], epochs[2])
+    assert len({face.numpy().tobytes() for real in epochs[0] for face in real}) == 1130 // batch_size * batch_size
+    for first in {1, streamed.minibatches // 2, streamed.minibatches}:
+        assert same(list(streamed.epoch(1, first)), epochs[2][first:])
+
+
+def test_one_window_shuffles_all_faces(many_files, monkeypatch):
+    """Whatever does not exceed a window comes in the order in which seeds have always put it."""
+    faces = gan.TrainingFaces(many_files, 10, 3, CPU, 0)
+    order = torch.randperm(1130, generator=gan.random_stream("order of epoch 7", 3))
+    assert same(next(faces.epoch(7)), gan.to_face(gan.load_faces(many_files)[0][order[:10]]))
+    monkeypatch.setattr(gan.TrainingFaces, "WINDOW_BYTES", 0)
+    (files, numbers), *others = gan.TrainingFaces(many_files, 10, 3, CPU, 0).order(7)
+    assert len(files) == 1 and len(others) == 5 and len(set((numbers // 200).tolist())) == 1
+    assert not torch.equal(numbers, numbers.sort()[0])
+
+
+def test_streaming_reads_ahead_one_window_and_no_more(many_files, small_windows, monkeypatch):
+    """Two files at once, the next two while these are used; a resumed epoch reads none that it has no use for."""
+    read, real = [], gan.read_batch
+    monkeypatch.setattr(gan, "read_batch", lambda *arguments: read.append(arguments[2]["file"]) or real(*arguments))
+    faces = gan.TrainingFaces(many_files, 10, 0, CPU, 0)
+    assert not read
+    epoch = faces.epoch(0)
+    next(epoch)
+    epoch.close()
+    assert len(read) in (2, 4)  # the thread may not have begun with the second two
+    read.clear()
+    windows = faces.order(0)
+    later = len(windows[0][1]) // 10 + 1  # all of it in the second window and the third
+    list(faces.epoch(0, later))
+    assert read == [faces.files[file]["file"] for files, _ in windows[1:] for file in files]
+
+
+def test_a_streamed_run_is_as_a_resident_one(many_files, small_windows, tmp_path, capsys):
+    """Weights, log and pictures, judged or not; its log tells the share of time that it waited, and so does a line."""
+    runs = [tmp_path / name for name in ("resident", "streamed")]
+    for run, memory in zip(runs, (None, 0.0), strict=True):
+        assert gan.train(settings(many_files, run, epochs=2, batch_size=100, data_memory=memory)) == 0
+    resident, streamed = map(outcome, runs)
+    waited = [line.pop("waited") for line in streamed["log"]]
+    assert all(0 < share < 1 for share in waited) and f"waited {waited[0]:.1%} for faces" in capsys.readouterr().out
+    streamed["state"]["settings"].pop("data_memory"), resident["state"]["settings"].pop("data_memory")
+    assert "scores" in streamed["log"][-1] and same(resident, streamed)
+
+
+def test_a_file_damaged_in_mid_run_stops_it_and_nothing_is_lost(many_files, small_windows, tmp_path):
+    """One line names the file; what was trained until then is saved, and with the file mended goes on as if it had never
+    been damaged."""
+    whole, run, data = (tmp_path / name for name in ("whole", "run", "data"))
+    assert gan.train(settings(many_files, whole, epochs=1, batch_size=100, data_memory=0.0)) == 0
+    gan.shutil.copytree(many_files, data)
+    faces = gan.TrainingFaces(data, 100, 0, CPU, 0)
+    path = data / faces.files[faces.order(0)[-1][0][-1]]["file"]
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    with pytest.raises(gan.UserError, match=f"{path} is damaged"):
+        gan.train(settings(data, run, epochs=1, batch_size=100, data_memory=0.0))
+    progress = gan.read_checkpoint(run / "last.pt")["progress"]
+    assert 0 < progress["images_seen"] < 1100
+    path.write_bytes(good)
+    assert gan.train(settings(data, run, epochs=1, batch_size=100, data_memory=0.0)) == 0
+    a, b = outcome(whole), outcome(run)
+    assert [line.pop("waited") >= 0 for line in a["log"] + b["log"]] and a["state"]["settings"].pop("data")
+    assert b["state"]["settings"].pop("data") and same(a, b)
+
+
+@pytest.mark.parametrize(("cgroup", "processes", "free"), [("max", "1", 2048), ("1048576", "1", 1024), ("max", "2", 1024)])
+def test_half_of_what_is_free_is_for_faces(monkeypatch, cgroup, processes, free):
+    """What Linux calls available, at most what a container may have, divided among the processes of a machine."""
+    texts = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    2048 kB\n", "/sys/fs/cgroup/memory.max": cgroup}
+    monkeypatch.setattr(gan.Path, "read_text", lambda path: texts[str(path)])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert gan.free_memory(CPU) == free * 1024
+
+
 def test_no_more_epochs_than_are_done(trained, dataset, capsys):
     """Says so and succeeds."""
     assert gan.train(settings(dataset, trained, epochs=4)) == 0
