@@ -1577,7 +1577,7 @@ def append_log(run: Path, line: dict) -> None:
 
 
 def draw_spectrum(panel: Any, line: dict) -> None:
-    """The power of drawn faces over that of real ones at 1, 2, … cycles an image, as an epoch's line of the log has it."""
+    """The power of drawn faces over that of real ones at 1, 2, … cycles an image, from an epoch's line of the log."""
     panel.axhspan(0.8, 1.25, color="green", alpha=0.15)
     panel.plot(range(1, len(line["spectrum"]) + 1), line["spectrum"], marker=".", label=f"epoch {line['epoch']}")
     panel.set(ylabel="power over real faces'", xlabel="cycles an image", yscale="log")
