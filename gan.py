@@ -1741,26 +1741,37 @@ def append_log(run: Path, line: dict) -> None:
         raise UserError(f"cannot write {run / 'log.jsonl'}: {one_line(error)}") from None
 
 
+def draw_spectrum(panel: Any, line: dict) -> None:
+    """The power of drawn faces over that of real ones at 1, 2, … cycles an image, from an epoch's line of the log."""
+    panel.axhspan(0.8, 1.25, color="green", alpha=0.15)
+    panel.plot(range(1, len(line["spectrum"]) + 1), line["spectrum"], marker=".", label=f"epoch {line['epoch']}")
+    panel.set(ylabel="power over real faces'", xlabel="cycles an image", yscale="log")
+    panel.grid(alpha=0.3)
+    panel.legend(loc="best", fontsize="small")
+
+
 def draw_curves(run: Path, lines: list[dict]) -> None:
     """Draw curves.png: accuracies, losses, share of discriminator updates and the judge's scores over the epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    judged = [line for line in lines if "scores" in line]
-    figure = Figure(figsize=(9, 16 if judged else 9), layout="constrained")
+    judged, spectra = ([line for line in lines if name in line] for name in ("scores", "spectrum"))
+    count = 6 if judged else 3
+    figure = Figure(figsize=(9, 2.8 * (count + bool(spectra))), layout="constrained")
     FigureCanvasAgg(figure)  # draws to memory: no window, no display needed
-    panels = figure.subplots(6 if judged else 3, 1, sharex=True)
+    panels = [figure.add_subplot(count + bool(spectra), 1, 1)]
+    panels += [figure.add_subplot(count + bool(spectra), 1, 2 + i, sharex=panels[0]) for i in range(count - 1)]
     share = {"ylim": (-0.02, 1.02)}
     contents: list[tuple[str, list[str], dict[str, Any]]] = [
         ("accuracy", ["discriminator_accuracy", "generator_accuracy"], share),
         ("loss", ["discriminator_loss", "generator_loss", "gradient_penalty"], {}),
         ("share of discriminator updates", ["discriminator_share"], share),
-        ("distance to real faces", ["frechet", "swd"], {"yscale": "log"}),
+        ("distance over real faces'", ["distance"], {"yscale": "log"}),
         ("share", ["precision", "recall", "coverage"], share),
         ("similarity, memory", ["ms_ssim", "ms_ssim_real", "memory"], {})]
     for panel, (title, names, scale) in zip(panels, contents):
         for name in names:
             rows = lines if name in COLUMNS else [{"epoch": line["epoch"], **line["scores"]} for line in judged]
-            values = [math.nan if row[name] is None else row[name] for row in rows]
+            values = [math.nan if row.get(name) is None else row[name] for row in rows]  # a log of before lacks some
             marker = "." if len(rows) < 50 else ""
             panel.plot([row["epoch"] for row in rows], values, label=name.replace("_", " "), marker=marker)
         for line in judged:
@@ -1772,6 +1783,8 @@ def draw_curves(run: Path, lines: list[dict]) -> None:
             panel.legend(loc="best", fontsize="small")
     panels[-1].set_xlabel("epoch")
     panels[0].set_title(str(run))
+    if spectra:
+        draw_spectrum(figure.add_subplot(count + 1, 1, count + 1), spectra[-1])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     atomic_write(run / "curves.png", buffer.getvalue())
@@ -1961,24 +1974,31 @@ class Run:
 JUDGED_FACES = 1000  # real and drawn ones at most; always as many of both
 JUDGE_BATCH = 200  # images at a time, which bounds memory and changes no figure
 FEATURES = 64
-NEIGHBOURS = 5  # the k of precision, recall, density and coverage
-SCORES = ("frechet", "swd", "precision", "recall", "density", "coverage", "ms_ssim", "ms_ssim_real", "memory")
+NEIGHBOURS = 5  # the k of precision, recall and coverage
+SCORES = ("distance", "frechet", "precision", "recall", "coverage", "ms_ssim", "ms_ssim_real", "memory")
+
+
+def random_filters(name: str, *shapes: tuple[int, int], device: torch.device) -> list[Tensor]:
+    """The same filters for the same name, one layer a shape (count, side), for RGB images or for the layer before: mean
+    0 and norm 1. They tell shapes and textures apart without training (Saxe et al., On random weights and unsupervised
+    feature learning, 2011)."""
+    random, found, channels = random_stream(name, 0), [], 3
+    for count, side in shapes:
+        filters = torch.randn(count, channels, side, side, generator=random)
+        filters -= filters.mean((1, 2, 3), keepdim=True)
+        found.append((filters / filters.flatten(1).norm(dim=1)[:, None, None, None]).to(device))
+        channels = count
+    return found
 
 
 class FeatureSpace:
-    """Where faces are compared: uint8 images (N, 3, S, S) -> features (N, 64).
+    """Where faces are compared one by one: uint8 images (N, 3, S, S) -> features (N, 64).
 
     Three convolutions with fixed random filters, each rectified and averaged over 4×4 fields, and the image itself over
-    8×8; of these the 64 principal components of `faces`, scaled to variance 1 in them. Random filters tell shapes and
-    textures apart without training (Saxe et al., On random weights and unsupervised feature learning, 2011)."""
+    8×8; of these the 64 principal components of `faces`, scaled to variance 1 in them."""
 
     def __init__(self, faces: Tensor):
-        random, self.filters, channels = random_stream("features", 0), [], 3
-        for count, side in ((32, 5), (64, 5), (128, 3)):
-            filters = torch.randn(count, channels, side, side, generator=random)
-            filters -= filters.mean((1, 2, 3), keepdim=True)
-            self.filters.append((filters / filters.flatten(1).norm(dim=1)[:, None, None, None]).to(faces.device))
-            channels = count
+        self.filters = random_filters("features", (32, 5), (64, 5), (128, 3), device=faces.device)
         responses = self.responses(faces)
         spread, self.mean = torch.std_mean(responses, 0)
         centred = (responses - self.mean) / (spread + 1e-6)
@@ -2003,6 +2023,50 @@ class FeatureSpace:
         return ((self.responses(images) - self.mean) @ self.basis).cpu()
 
 
+def blurred(x: Tensor) -> Tensor:
+    """Images (N, C, H, W) through the binomial filter of five taps."""
+    row = torch.tensor([1.0, 4, 6, 4, 1], device=x.device) / 16
+    kernel = row.outer(row).expand(x.shape[1], 1, 5, 5)
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=x.shape[1])
+
+
+class Sight:
+    """Where all faces together are compared as networks that see do: uint8 images (N, 3, S, S) -> (N, 256).
+
+    Each pixel's detail is divided by the strength of the detail around it (Mittal et al., No-reference image quality
+    assessment in the spatial domain, 2012), so that a faint grid on a smooth cheek is as plain as a missing eyelash.
+    Two layers of fixed random filters upon that at full resolution, the third and second averaged over 4×4 fields, and
+    the image itself over 8×8, count alike: each has variance 1 in `faces`. All of it is mixed at random into 256
+    numbers, which are not scaled by how much real faces differ in them: what no real face varies would be all."""
+    SIZE = 256
+    FAINT = 0.03  # of detail, 4 grey levels: the strength below which it fades
+
+    def __init__(self, faces: Tensor):
+        self.filters = random_filters("sight", (32, 5), (64, 3), (128, 3), device=faces.device)
+        parts = self.responses(faces)
+        scales = [part.var(0).sum().sqrt() + 1e-6 for part in parts]
+        random = random_stream("sight", 1)
+        self.mixing = torch.cat([torch.randn(part.shape[1], self.SIZE, generator=random).to(faces.device) / scale
+                                 for part, scale in zip(parts, scales, strict=True)])
+
+    def responses(self, images: Tensor) -> list[Tensor]:
+        """What is averaged, unscaled: (N, 192), (N, 1024), (N, 2048)."""
+        rows = []
+        for part in images.split(JUDGE_BATCH):
+            x = to_face(part)
+            detail = x - blurred(x)
+            strength = blurred(blurred(detail.square().mean(1, keepdim=True)))
+            y, fields = detail / (strength + self.FAINT ** 2).sqrt(), [F.adaptive_avg_pool2d(x, 8).flatten(1)]
+            for filters, stride in zip(self.filters, (1, 2, 2), strict=True):
+                y = F.relu(F.conv2d(y, filters, None, stride, filters.shape[-1] // 2))
+                fields.append(F.adaptive_avg_pool2d(y, 4).flatten(1))
+            rows.append((fields[0], *fields[2:]))
+        return [torch.cat(part) for part in zip(*rows, strict=True)]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (torch.cat(self.responses(images), 1) @ self.mixing).cpu()
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Fréchet distance of the normal distributions with the means and covariances of two samples (N, D) of
     features: what FID is in Inception's features (arXiv 1706.08500)."""
@@ -2015,67 +2079,27 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def neighbourhoods(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
-    """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of features (N, D) each."""
+    """Precision and recall (arXiv 1904.06991), and coverage (arXiv 2002.09797) of features (N, D) each."""
     radius_real, radius_fake = (torch.cdist(x, x).kthvalue(k + 1, 1).values for x in (real, fake))  # itself is nearest
     between = torch.cdist(real, fake)
     inside = between < radius_real[:, None]
-    found = {"precision": inside.any(0), "recall": (between < radius_fake).any(1), "density": inside.sum(0) / k,
+    found = {"precision": inside.any(0), "recall": (between < radius_fake).any(1),
              "coverage": between.min(1).values < radius_real}
     return {name: values.float().mean().item() for name, values in found.items()}
 
 
-def laplacian_pyramid(images: Tensor) -> list[Tensor]:
-    """uint8 images (N, 3, S, S) -> their details at S, S/2, … down to 16 pixels or more, the last with all the rest."""
-    binomial = torch.tensor([1.0, 4, 6, 4, 1], device=images.device) / 16
-    kernel = (binomial[:, None] * binomial).expand(3, 1, 5, 5)
-
-    def blurred(x: Tensor, stride: int = 1) -> Tensor:
-        return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, stride=stride, groups=3)
-    x, levels = to_face(images), []
-    while x.shape[-1] >= 32 and x.shape[-1] % 2 == 0:
-        smaller, enlarged = blurred(x, stride=2), torch.zeros_like(x)
-        enlarged[:, :, ::2, ::2] = smaller
-        levels.append(x - 4 * blurred(enlarged))
-        x = smaller
-    return [*levels, x]
-
-
-class SlicedWasserstein:
-    """Sliced Wasserstein distance to real images, a level of the Laplacian pyramid (arXiv 1710.10196, appendix B).
-
-    32 patches of 7×7 pixels an image and level, each channel of them with mean 0 and variance 1; the mean distance of
-    their sorted projections on 128 random directions, × 10³ as in the paper's tables."""
-    PATCHES, SIDE, DIRECTIONS = 32, 7, 128
-
-    def __init__(self, real: Tensor):
-        self.real = self.projections(real)
-
-    def projections(self, images: Tensor) -> list[Tensor]:
-        random, side = random_stream("patches", 0), self.SIDE
-        places = torch.rand(len(images), 2, self.PATCHES, generator=random).to(images.device)
-        parts = [self.patches(*both) for both in zip(images.split(JUDGE_BATCH), places.split(JUDGE_BATCH), strict=True)]
-        found = []
-        for level in zip(*parts, strict=True):
-            patches = torch.cat(level)
-            spread, mean = torch.std_mean(patches, (0, 2, 3), keepdim=True)
-            directions = F.normalize(torch.randn(3 * side * side, self.DIRECTIONS, generator=random), dim=0)
-            projected = ((patches - mean) / (spread + 1e-8)).flatten(1) @ directions.to(images.device)
-            found.append(projected.T.contiguous().sort(1).values)
-        return found
-
-    def patches(self, images: Tensor, places: Tensor) -> list[Tensor]:
-        """(N · 32, 3, 7, 7) patches of each level, at places (N, 2, 32) from 0 to 1 in height and width."""
-        found = []
-        for level in laplacian_pyramid(images):
-            windows = level.unfold(2, self.SIDE, 1).unfold(3, self.SIDE, 1)
-            row, column = (places * windows.shape[2]).long().clamp_max(windows.shape[2] - 1).unbind(1)
-            which = torch.arange(len(images), device=images.device)[:, None]
-            found.append(windows[which, :, row, column].flatten(0, 1))
-        return found
-
-    def __call__(self, fake: Tensor) -> list[float]:
-        pairs = zip(self.real, self.projections(fake), strict=True)
-        return [1000 * (real - drawn).abs().mean().item() for real, drawn in pairs]
+def spectrum(images: Tensor) -> Tensor:
+    """Mean power of the brightness of uint8 images (N, 3, S, S) at 1, 2, … S/2 cycles an image, (S/2,)."""
+    side = images.shape[-1]
+    window = torch.hann_window(side, periodic=False, device=images.device)
+    power = torch.zeros(side, side, dtype=torch.double)
+    for part in images.split(JUDGE_BATCH):
+        x = to_face(part).mean(1)
+        x = (x - x.mean((1, 2), keepdim=True)) * window.outer(window)
+        power += torch.fft.fft2(x).abs().square().sum(0).cpu() / len(images)
+    cycles = torch.fft.fftfreq(side, 1 / side)
+    ring = torch.hypot(cycles[:, None], cycles).round().long().flatten()
+    return (ring.bincount(power.flatten()) / ring.bincount())[1:side // 2 + 1]
 
 
 def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
@@ -2120,26 +2144,34 @@ class Judge:
         real, self.faces = held_out[:self.count].to(device), faces[:2 * JUDGED_FACES]
         self.space = FeatureSpace(self.faces.to(device))
         self.real, self.training = self.space(real), self.space(self.faces.to(device))
-        self.swd, self.similarity = SlicedWasserstein(real), similarity(real)
+        self.sight = Sight(self.faces.to(device))
+        self.seen, self.power, self.similarity = self.sight(real), spectrum(real), similarity(real)
+        self.floor = frechet_distance(self.seen, self.sight(self.faces[:self.count].to(device)))
         self.real_to_training = torch.cdist(self.real, self.training).min(1).values.median().item()
 
     @torch.no_grad()
     def score(self, fake: Tensor) -> dict[str, float]:
-        """SCORES of `count` uint8 drawn faces, and the distance of each pyramid level as swd_80, swd_40, …
+        """SCORES of `count` uint8 drawn faces.
 
-        frechet and swd: distances, 0 is best. precision, recall, coverage: shares; density: 1 for real faces. ms_ssim:
-        similarity of drawn faces with one another, ms_ssim_real that of real ones. memory: median distance of a drawn
-        face to its nearest training face, over that of a held-out one; far below 1 means learnt by heart."""
+        distance: the Fréchet distance of what Sight makes of drawn and held-out faces, over that of training and
+        held-out ones: 1.9 is 1.9 times as far as real faces are from one another. frechet: that of FeatureSpace, 0 is
+        best. precision, recall, coverage: shares. ms_ssim: similarity of drawn faces with one another, ms_ssim_real
+        that of real ones. memory: median distance of a drawn face to its nearest training face, over that of a held-out
+        one; far below 1 means learnt by heart."""
         if len(fake) != self.count:
             raise ValueError(f"{len(fake)} faces to judge, {self.count} real ones: distances depend on the number")
         fake = fake.to(self.device)
-        features, levels = self.space(fake), self.swd(fake)
+        features = self.space(fake)
         nearest = torch.cdist(features, self.training).min(1).values.median().item()
-        scores = {"frechet": frechet_distance(self.real, features), "swd": sum(levels) / len(levels),
-                  **neighbourhoods(self.real, features), "ms_ssim": similarity(fake), "ms_ssim_real": self.similarity,
-                  "memory": nearest / self.real_to_training,
-                  **{f"swd_{fake.shape[-1] >> level}": value for level, value in enumerate(levels)}}
+        scores = {"distance": frechet_distance(self.seen, self.sight(fake)) / self.floor,
+                  "frechet": frechet_distance(self.real, features), **neighbourhoods(self.real, features),
+                  "ms_ssim": similarity(fake), "ms_ssim_real": self.similarity,
+                  "memory": nearest / self.real_to_training}
         return {name: round(value, 4) for name, value in scores.items()}
+
+    def spectrum(self, fake: Tensor) -> list[float]:
+        """The power of drawn faces over that of real ones at 1, 2, … S/2 cycles an image; 1 is best."""
+        return [round(ratio, 3) for ratio in (spectrum(fake.to(self.device)) / self.power).tolist()]
 
     @torch.no_grad()
     def most_similar(self, fake: Tensor, pairs: int = 10) -> Tensor:
@@ -2178,7 +2210,7 @@ class Jury:
         except UserError as error:
             say(f"nothing is judged: {error}")
         with suppress(UserError, KeyError, TypeError):
-            self.best = read_checkpoint(run.path / "best.pt")["scores"]["frechet"]
+            self.best = read_checkpoint(run.path / "best.pt")["scores"]["distance"]
 
     def is_due(self, epoch: int) -> bool:
         """Now and then, for each kept checkpoint, and each epoch while the faces may be collapsing, so that it is known
@@ -2188,12 +2220,13 @@ class Jury:
 
     def consider(self, generator: Generator, line: dict) -> bool:
         """Add scores to an epoch's line of the log, if they are due, and whether the faces have collapsed; say so when
-        they do. Returns whether the scores are the best so far: those with the least Fréchet distance, because it alone
-        rises with blur, with noise and with repetition (tests/test_judge.py); the others see one or two of these."""
+        they do. Returns whether the scores are the best so far: those with the least distance, because it rises with
+        blur, with noise and with repetition (tests/test_judge.py) and ranks checkpoints as a network that was trained
+        to see (tests/perceptual.py)."""
         if not self.judge or not self.is_due(line["epoch"]):
             return False
         drawn = draw(generator, self.z)
-        line["scores"] = self.judge.score(drawn)
+        line["scores"], line["spectrum"] = self.judge.score(drawn), self.judge.spectrum(drawn)
         self.judged.append(line["scores"])
         line["collapsed"] = collapsed(self.judged)
         if line["collapsed"] and not collapsed(self.judged[:-1]):
@@ -2203,8 +2236,8 @@ class Jury:
             say(f"the faces have collapsed (epoch {line['epoch']}: coverage {scores['coverage']:.2f}, similarity "
                 f"{scores['ms_ssim']:.2f}, of real ones {scores['ms_ssim_real']:.2f}): look at {path}; "
                 "best.pt is from before")
-        better = line["scores"]["frechet"] < self.best
-        self.best = min(self.best, line["scores"]["frechet"])
+        better = line["scores"]["distance"] < self.best
+        self.best = min(self.best, line["scores"]["distance"])
         return better
 
 

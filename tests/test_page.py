@@ -305,7 +305,7 @@ def test_checkpoint_menu_tells_what_the_judge_says(page, run):
     """The distance to real faces of those that were judged."""
     log = (run / "log.jsonl").read_bytes()
     try:
-        (run / "log.jsonl").write_text('{"epoch": 2, "scores": {"frechet": 12.34}}\n')
+        (run / "log.jsonl").write_text('{"epoch": 2, "scores": {"distance": 12.34}}\n')
         page.reload()
         page.locator("#save:enabled").wait_for()
         labels = page.locator("#checkpoint option").all_text_contents()

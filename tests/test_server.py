@@ -238,11 +238,11 @@ def test_model_is_described(site, run):
 
 def test_the_scores_of_checkpoints_are_told(copied):
     """Those of its epoch in the log; null where nothing was judged."""
-    lines = [{"epoch": 3}, {"epoch": 4, "scores": {"frechet": 12.5}}]
+    lines = [{"epoch": 3}, {"epoch": 4, "scores": {"distance": 12.5}}]
     (copied / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     facts = json.loads(gan.Site(copied, None, CPU).respond("GET", "/api/model").body)
     assert {c["name"]: c["scores"] for c in facts["checkpoints"]} == {
-        "last": {"frechet": 12.5}, "2": None, "4": {"frechet": 12.5}}
+        "last": {"distance": 12.5}, "2": None, "4": {"distance": 12.5}}
 
 
 def test_threads_share_forward_passes(site, run, monkeypatch):
