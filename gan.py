@@ -2815,6 +2815,24 @@ def find_regions(jacobian: Tensor, size: int) -> Tensor:
     return nearest.view(size, size)
 
 
+PARTS = {  # of an aligned face, where they lie in per cent of its side: top, bottom, left, right
+    "hair": (0, 12, 25, 75), "forehead": (15, 30, 33, 67), "left eye": (36, 47, 27, 44), "right eye": (36, 47, 56, 73),
+    "nose": (47, 62, 42, 58), "left cheek": (52, 68, 22, 36), "right cheek": (52, 68, 64, 78),
+    "mouth": (66, 78, 36, 64), "chin": (84, 96, 38, 62), "left side": (35, 65, 0, 13), "right side": (35, 65, 87, 100),
+    "top left": (0, 25, 0, 18), "top right": (0, 25, 82, 100), "bottom left": (78, 100, 0, 18),
+    "bottom right": (78, 100, 82, 100)}
+
+
+def name_region(mask: Tensor) -> str:
+    """A region (S, S) of an aligned face in words, from 1 where it is and 0 elsewhere: the PARTS of which it has more
+    than half, or else the one of which it has most."""
+    shares = {name: mask[top * len(mask) // 100:bottom * len(mask) // 100,
+                         left * len(mask) // 100:right * len(mask) // 100].mean().item()
+              for name, (top, bottom, left, right) in PARTS.items()}
+    whole = ", ".join(name for name, share in shares.items() if share > 0.5)
+    return re.sub(r"left (\w+), right \1", r"\1s", whole) or f"part of {max(shares, key=lambda name: shares[name])}"
+
+
 def face_weights(size: int) -> Tensor:
     """Weights (S, S) of a photo's pixels: a Gaussian around the face's middle, because the background is not sought."""
     line = torch.exp(-((torch.arange(size) + 0.5) / size * 2 - 1).square() / (2 * 0.55 ** 2))
@@ -2878,18 +2896,19 @@ def fits(generator: nn.Module, target: Tensor, weights: Tensor, most: int = 12) 
 # ================================================================================================
 
 def folded_layers(generator: Generator) -> list[dict]:
-    """The generator's evaluation as a list of operations with arrays, in order: convT, conv, bias, blur, relu, tanh.
-    BatchNorm's scale is folded into the convolution before it, also through a blur, its shift into a bias."""
+    """The generator's evaluation as a list of operations with arrays, in order: convolve, bias, blur, relu, tanh. All
+    convolutions are transposed ones, weights (in, out, kernel, kernel). BatchNorm's scale is folded into the one before
+    it, also through a blur, its shift into a bias."""
     layers: list[dict] = []
     for layer in generator.layers:
         if isinstance(layer, nn.ConvTranspose2d | nn.Conv2d):
-            layers.append({"op": "conv" if isinstance(layer, nn.Conv2d) else "convT", "in": layer.in_channels,
-                           "out": layer.out_channels, "kernel": layer.kernel_size[0], "stride": layer.stride[0],
-                           "padding": layer.padding[0], "weight": layer.weight.detach().clone()})
+            kernel, padding, weight = layer.kernel_size[0], int(layer.padding[0]), layer.weight.detach().clone()
+            if isinstance(layer, nn.Conv2d):  # of stride 1: transposed, its kernel is turned round
+                padding, weight = kernel - 1 - padding, weight.transpose(0, 1).flip(2, 3)
+            layers.append({"op": "convolve", "in": layer.in_channels, "out": layer.out_channels, "kernel": kernel,
+                           "stride": layer.stride[0], "padding": padding, "weight": weight})
         elif isinstance(layer, Bias):
             layers.append({"op": "bias", "data": layer.bias.detach().clone()})
-        elif isinstance(layer, Blur):
-            layers.append({"op": "blur", "edge": "zero"})
         elif isinstance(layer, nn.BatchNorm2d):
             learnt = {name: value[..., None, None] for name, value in layer.state_dict().items()}
             scale = learnt["weight"] / torch.sqrt(learnt["running_var"] + layer.eps)
@@ -2899,21 +2918,22 @@ def folded_layers(generator: Generator) -> list[dict]:
             next(before for before in reversed(layers) if "weight" in before)["weight"] *= scale
             layers.append({"op": "bias", "data": shift})
         else:
-            layers.append({"op": {nn.ReLU: "relu", nn.Tanh: "tanh"}[type(layer)]})
+            layers.append({"op": {Blur: "blur", nn.ReLU: "relu", nn.Tanh: "tanh"}[type(layer)]})
     return layers
 
 
 def network_json(generator: Generator, facts: dict, directions: list[dict]) -> str:
-    """The generator as JSON for the page: weights in float16, biases in float32, both base64, little-endian."""
+    """The generator as JSON for the page: weights in float16, biases in float32, both base64, little-endian, in the
+    order in which the page reads them: (out / 4, kernel, kernel, in, 4), and channels last."""
     def packed(array: Tensor, kind: str) -> str:
         return base64.b64encode(array.contiguous().numpy().astype(kind).tobytes()).decode()
-    layers = []
-    for layer in folded_layers(generator):
+    layers = folded_layers(generator)
+    for layer in layers:
         if "weight" in layer:
-            layer["weight"] = packed(layer["weight"], "<f2")
+            fours = F.pad(layer["weight"], (0, 0, 0, 0, 0, -layer["out"] % 4)).unflatten(1, (-1, 4))
+            layer["weight"] = packed(fours.permute(1, 3, 4, 0, 2), "<f2")
         if "data" in layer:
-            layer |= {"shape": list(layer["data"].shape), "data": packed(layer["data"], "<f4")}
-        layers.append(layer)
+            layer["data"] = packed(layer["data"].permute(1, 2, 0), "<f4")
     return json.dumps({"format": 1, "model": facts["model"], "epoch": facts["epoch"], "image_size": facts["image_size"],
                        "latent_size": LATENT_SIZE, "directions": directions, "layers": layers})
 
@@ -2945,19 +2965,18 @@ def export_onnx(generator: Generator, facts: dict) -> bytes:
     except ImportError:
         raise UserError("ONNX needs a package: pip install onnx") from None
     nodes, arrays = [helper.make_node("Reshape", ["z", "shape"], ["x0"])], {"shape": np.array([-1, LATENT_SIZE, 1, 1])}
+    kinds = {"convolve": "ConvTranspose", "blur": "Conv", "bias": "Add", "relu": "Relu", "tanh": "Tanh"}
     for i, layer in enumerate(folded_layers(generator)):
-        kind = {"convT": "ConvTranspose", "conv": "Conv", "blur": "Conv", "bias": "Add", "relu": "Relu",
-                "tanh": "Tanh"}[layer["op"]]
-        sizes: dict[str, Any] = {}
-        if layer["op"] == "blur":
-            channels = len(arrays[f"w{i - 1}"][0])
-            layer["weight"], sizes = Blur(channels).kernel, {"group": channels, "pads": [1] * 4}
-        elif "kernel" in layer:
+        array, sizes = layer.get("weight", layer.get("data")), {}
+        if layer["op"] == "convolve":
             sizes = {"strides": [layer["stride"]] * 2, "pads": [layer["padding"]] * 4}
-        array = layer.get("weight", layer.get("data"))
+            channels = layer["out"]
+        elif layer["op"] == "blur":
+            array, sizes = Blur(channels).kernel, {"group": channels, "pads": [1] * 4}
         if array is not None:
             arrays[f"w{i}"] = array.contiguous().numpy()
-        nodes.append(helper.make_node(kind, [f"x{i}", *[f"w{i}"] * (array is not None)], [f"x{i + 1}"], **sizes))
+        nodes.append(helper.make_node(kinds[layer["op"]], [f"x{i}", *[f"w{i}"] * (array is not None)], [f"x{i + 1}"],
+                                      **sizes))
     nodes[-1].output[0] = "face"
     size, real = facts["image_size"], onnx.TensorProto.FLOAT
     graph = helper.make_graph(nodes, "generator", [helper.make_tensor_value_info("z", real, ["N", LATENT_SIZE])],
@@ -3008,6 +3027,7 @@ def name_direction(run: Path, vector: Tensor, name: str) -> None:
 
 MAX_REQUEST_LINE = 16_384  # bytes; a vector takes about 2,000
 MAX_HEADER_BYTES = 32_768
+MAX_HEAD_BYTES = MAX_REQUEST_LINE + MAX_HEADER_BYTES + 4
 MAX_BODY_BYTES = 1_000_000  # of JSON
 MAX_PHOTO_BYTES = 20_000_000
 MAX_PHOTO_SIDE = 3000  # pixels; a larger photo is reduced
@@ -3034,28 +3054,28 @@ class BadRequest(Exception):
         self.response = Response(status, "text/plain; charset=utf-8", f"{text}\n".encode(), headers)
 
 
-def vector(value, size: int) -> Tensor:
-    """A latent vector (128,), from a list or from text with commas; BadRequest says which number is wrong."""
+def numbers(value, count: int, low: float, high: float) -> Tensor:
+    """So many numbers from low to high, in a list or as text with commas, (count,)."""
     if isinstance(value, str):
         value = [float(part) if NUMBER.fullmatch(part) else part for part in value.split(",")]
-    return numbers(value, LATENT_SIZE, -MAX_ABS_VALUE, MAX_ABS_VALUE)
-
-
-def numbers(found, count: int, low: float, high: float) -> Tensor:
-    """A list of numbers from low to high, (count,)."""
-    if not isinstance(found, list) or len(found) != count:
-        raise BadRequest(400, f"values: {count} numbers are wanted")
-    for i, number in enumerate(found):
+    if not isinstance(value, list) or len(value) != count:
+        raise ValueError(f"{count} numbers are wanted")
+    for i, number in enumerate(value):
         if type(number) not in (int, float) or not low <= number <= high:
-            raise BadRequest(400, f"value {i} is no number from {low:g} to {high:g}: {str(number)[:20]!a}")
-    return torch.tensor(found, dtype=torch.float32)
+            raise ValueError(f"value {i} is no number from {low:g} to {high:g}: {str(number)[:20]!a}")
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def vector(value, size: int) -> Tensor:
+    """A latent vector (128,)."""
+    return numbers(value, LATENT_SIZE, -MAX_ABS_VALUE, MAX_ABS_VALUE)
 
 
 def vectors(least: int, most: int) -> Callable:
     """A parser of so many latent vectors, (N, 128)."""
     def parse(value, size: int) -> Tensor:
         if not isinstance(value, list) or not least <= len(value) <= most:
-            raise ValueError(f"must be a list of {least} to {most}")
+            raise ValueError(f"a list of {least} to {most} is wanted")
         return torch.stack([vector(one, size) for one in value])
     return parse
 
@@ -3065,19 +3085,16 @@ def whole(low: int, high: int, default: int | None = None) -> Callable:
     def parse(value, size: int) -> int:
         text = str(default if value is None else value)
         if not re.fullmatch(r"\d{1,4}", text, re.ASCII) or not low <= int(text) <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}, not {text[:20]!a}")
+            raise ValueError(f"a whole number from {low} to {high} is wanted, not {text[:20]!a}")
         return int(text)
     return parse
 
 
 def mask(value, size: int) -> Tensor:
     """A part of a face, (S, S) in 0..1."""
-    try:
-        found = numbers(value, size * size, 0, 1).view(size, size)
-    except BadRequest as error:
-        raise ValueError(f"is wrong: {error}") from None
+    found = numbers(value, size * size, 0, 1).view(size, size)
     if found.sum() < 1:
-        raise ValueError("is empty: brush over a part of the face")
+        raise ValueError("nothing is in it: brush over a part of the face")
     return found
 
 
@@ -3088,31 +3105,44 @@ def picture(value, size: int) -> Tensor:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             if image.size == (size, size):
                 return to_face(torch.from_numpy(np.array(to_rgb(image)))).permute(2, 0, 1)
-    raise ValueError(f"must be the data URL of a PNG of {size}×{size} pixels")
+    raise ValueError(f"the data URL of a PNG of {size}×{size} pixels is wanted")
 
 
 def square(value, size: int) -> Box | None:
-    """A square in a photo, as text: left,top,right,bottom."""
+    """A square in a photo, left, top, right, bottom; None where none is given."""
     if value is None:
         return None
-    parts = str(value).split(",")
-    if len(parts) == 4 and all(NUMBER.fullmatch(part) and abs(float(part)) <= 10_000 for part in parts):
-        left, top, right, bottom = map(float, parts)
-        if right - left >= 8 and abs(right - left - (bottom - top)) <= 1 + (right - left) / 50:
-            return left, top, right, top + right - left
-    raise ValueError("must be a square of 8 pixels or more: left,top,right,bottom")
+    left, top, right, bottom = numbers(value, 4, -10_000, 10_000).tolist()
+    if right - left < 8 or abs(right - left - (bottom - top)) > 1 + (right - left) / 50:
+        raise ValueError("a square of 8 pixels or more is wanted: left,top,right,bottom")
+    return left, top, right, top + right - left
 
 
 def label(value, size: int) -> str:
     """What a person calls something."""
     if not isinstance(value, str) or len(value) > 40 or not (value.isprintable() or not value):
-        raise ValueError("must be a line of at most 40 characters")
+        raise ValueError("a line of at most 40 characters is wanted")
     return value.strip()
 
 
 def anything(value, size: int):
     """A field that cannot be wrong, or that is looked up."""
     return value
+
+
+def read_target(target: str) -> tuple[str, dict[str, Any]]:
+    """A request target as (path as it stands among the ROUTES, fields)."""
+    try:
+        url = urlsplit(target)
+        query = parse_qs(url.query, keep_blank_values=True, max_num_fields=16, errors="strict")
+    except ValueError:
+        raise BadRequest(400, "the address cannot be read") from None
+    for name, values in query.items():
+        if len(values) > 1:
+            raise BadRequest(400, f"{name[:20]!a} is given {len(values)} times")
+    epoch = re.fullmatch(r"/samples/(\d{1,8})", url.path, re.ASCII)
+    fields = {name: values[0] for name, values in query.items()}
+    return ("/samples/EPOCH", fields | {"epoch": epoch[1]}) if epoch else (url.path, fields)
 
 
 def read_json(body: bytes) -> dict:
@@ -3164,37 +3194,35 @@ class Model:
 
 
 class Renderer:
-    """Draws the faces that request threads ask for; those that wait at one moment share one forward pass."""
+    """Draws the faces that request threads ask for; those that wait at one moment share one forward pass.
+
+    In float32, so that they are those of an exported page: one face takes 1.3 times as long as in bf16."""
     MOST_AT_ONCE = 32
 
     def __init__(self):
         self.waiting: deque[tuple[nn.Module, list[float], Future]] = deque()
-        self.condition = threading.Condition()
-        threading.Thread(target=self.work, daemon=True).start()
+        self.thread = ThreadPoolExecutor(1)
 
     def draw(self, generator: nn.Module, z: list[float]) -> Image.Image:
         """One latent vector of 128 numbers -> its picture."""
         future: Future = Future()
-        with self.condition:
-            self.waiting.append((generator, z, future))
-            self.condition.notify()
+        self.waiting.append((generator, z, future))
+        self.thread.submit(self.draw_next)
         return future.result()
 
-    def work(self) -> None:
-        while True:
-            with self.condition:
-                self.condition.wait_for(lambda: self.waiting)
-                generator = self.waiting[0][0]
-                group: list[tuple[nn.Module, list[float], Future]] = []
-                while self.waiting and self.waiting[0][0] is generator and len(group) < self.MOST_AT_ONCE:
-                    group.append(self.waiting.popleft())
-            try:
-                images = pictures(draw(generator, torch.tensor([z for _, z, _ in group])))
-                for image, (_, _, future) in zip(images, group):
-                    future.set_result(image)
-            except Exception as error:  # handed on to the threads that asked, which answer with a 500
-                for _, _, future in group:
-                    future.set_exception(error)
+    @torch.inference_mode()
+    def draw_next(self) -> None:
+        """Draw those next in the queue that want the same network; none where an earlier turn took them all."""
+        group: list[tuple[nn.Module, list[float], Future]] = []
+        while self.waiting and len(group) < self.MOST_AT_ONCE and self.waiting[0][0] is (group or self.waiting)[0][0]:
+            group.append(self.waiting.popleft())
+        try:
+            images = pictures(to_image(group[0][0](torch.tensor([z for _, z, _ in group])))) if group else []
+            for image, (_, _, future) in zip(images, group):
+                future.set_result(image)
+        except Exception as error:  # handed on to the threads that asked, which answer with a 500
+            for _, _, future in group:
+                future.set_exception(error)
 
 
 class Neighbourhood:
@@ -3259,24 +3287,16 @@ class Site:
     def respond(self, method: str, target: str, body: bytes = b"") -> Response:
         """Answer a request: method and request target as they stand in the request line. Never raises BadRequest."""
         try:
-            try:
-                url = urlsplit(target)
-                query = parse_qs(url.query, keep_blank_values=True, max_num_fields=16, errors="strict")
-            except ValueError:
-                raise BadRequest(400, "the address cannot be read") from None
-            found = ROUTES.get(route_of(url.path))
+            path, asked = read_target(target)
+            found = ROUTES.get(path)
             allowed = "POST" if found and found.method == "POST" else "GET, HEAD"
             if method not in allowed.split(", "):
                 raise BadRequest(405, f"only {allowed} is answered here", ("Allow", allowed))
             if found is None:
                 raise BadRequest(404, "no such page: the README lists those that there are")
-            for name, values in query.items():
-                if len(values) > 1:
-                    raise BadRequest(400, f"{name[:20]!a} is given {len(values)} times")
-            asked: dict[str, Any] = {name: values[0] for name, values in query.items()}
             if method == "POST":
                 asked |= {"photo": body} if "photo" in found.fields else read_json(body)
-            return self.answer(found, asked | {"epoch": url.path.rpartition("/")[2]})
+            return self.answer(found, asked)
         except BadRequest as error:
             return error.response
 
@@ -3293,7 +3313,7 @@ class Site:
             try:
                 values[name] = parse(asked.get(name), model.size)
             except ValueError as error:
-                raise BadRequest(400, f"{name} {error}") from None
+                raise BadRequest(400, f"{name}: {error}") from None
         answer = getattr(self, found.answer)(model, **values)
         if isinstance(answer, dict):
             return Response(200, "application/json", json.dumps(answer).encode())
@@ -3383,11 +3403,12 @@ class Site:
 
     @route("/api/regions", "POST", heavy=True, values=vector)
     def regions(self, model: Model, values: Tensor) -> dict:
-        """The face as the network divides it, and the sliders of each region."""
+        """The face as the network divides it, and each region's name and sliders."""
         slopes = self.jacobian(model.generator, tuple(values.tolist()))
         found = find_regions(slopes, model.size)
-        sliders = [describe_sliders(slopes, (found == number).float()) for number in range(int(found.max()) + 1)]
-        return {"map": found.flatten().tolist(), "regions": [{"sliders": one} for one in sliders]}
+        masks = [(found == number).float() for number in range(int(found.max()) + 1)]
+        return {"map": found.flatten().tolist(),
+                "regions": [{"name": name_region(mask), "sliders": describe_sliders(slopes, mask)} for mask in masks]}
 
     @route("/api/region", "POST", heavy=True, values=vector, mask=mask)
     def region(self, model: Model, values: Tensor, mask: Tensor) -> dict:
@@ -3420,7 +3441,7 @@ class Site:
             image.thumbnail((MAX_PHOTO_SIDE, MAX_PHOTO_SIDE))
             if box is None:
                 boxes = find_faces(image)[:16]
-                note = "" if boxes else "no face found: drag the square over it"
+                note = "" if boxes else "no face found: drag the photo until it is in the square"
             elif not (0 <= box[0] + box[2] <= 2 * image.width and 0 <= box[1] + box[3] <= 2 * image.height
                       and box[2] - box[0] <= 2 * max(image.size)):
                 raise BadRequest(400, "box must have its middle in the photo")
@@ -3445,11 +3466,6 @@ class Site:
                 "distances": [round(distance, 3) for distance in distances[0].tolist()]}
 
 
-def route_of(path: str) -> str:
-    """A path as it stands among the ROUTES."""
-    return "/samples/EPOCH" if re.fullmatch(r"/samples/\d{1,8}", path, re.ASCII) else path
-
-
 @dataclass(frozen=True)
 class Request:
     """The head of an HTTP request."""
@@ -3463,27 +3479,26 @@ class Request:
 async def read_head(reader: asyncio.StreamReader) -> Request | None:
     """The head of a connection's next request; None at its end. BadRequest where it is too large or no HTTP/1."""
     try:
-        line = await reader.readline()
-        if len(line) > MAX_REQUEST_LINE:
-            raise ValueError
-    except ValueError:  # longer than the reader's limit
-        raise BadRequest(414, "the request line is too long") from None
-    if not line:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError as error:
+        head = error.partial
+    except asyncio.LimitOverrunError:
+        head = await reader.read(MAX_HEAD_BYTES)
+    if not head:
         return None
-    match = re.fullmatch(r"(\S+) (\S+) HTTP/1\.([01])\r?\n", line.decode("latin-1"))
-    if not match:
-        raise BadRequest(400, "the request cannot be read")
-    fields = b""
+    line, _, fields = head.partition(b"\r\n")
+    if len(line) > MAX_REQUEST_LINE:
+        raise BadRequest(414, "the request line is too long")
     try:
-        while not re.search(rb"(^|\n)\r?\n$", fields):
-            fields += await reader.readline() or b"\r\n\r\n"
-            if len(fields) > MAX_HEADER_BYTES:
-                raise ValueError
+        if len(fields) > MAX_HEADER_BYTES:
+            raise HTTPException
         headers = parse_headers(io.BytesIO(fields))
-    except (ValueError, HTTPException):
+    except HTTPException:  # or too many of them
         raise BadRequest(431, "the header is too large") from None
+    match = re.fullmatch(r"(\S+) (\S+) HTTP/1\.([01])", line.decode("latin-1"))
     length, *more = headers.get_all("Content-Length", ["0"])
-    if more or headers.defects or "Transfer-Encoding" in headers or not (length.isascii() and length.isdecimal()):
+    if (not match or not head.endswith(b"\r\n\r\n") or more or headers.defects or "Transfer-Encoding" in headers
+            or not (length.isascii() and length.isdecimal())):
         raise BadRequest(400, "the request cannot be read")
     most = MAX_PHOTO_BYTES if match[2].startswith("/api/photo") else MAX_BODY_BYTES
     if len(length) > 9 or int(length) > most:
@@ -3510,15 +3525,14 @@ class Server:
     def is_own_name(self, host: str) -> bool:
         """Whether a Host header names this server. A page elsewhere whose name was pointed here is refused (DNS
         rebinding); an address cannot be re-pointed, so where all addresses are bound, each of them is accepted."""
-        match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^\s:\[\]@/]+)(?::(\d+))?", host.lower(), re.ASCII)
+        match = re.fullmatch(r"\[?([^\[\]@/]+?)\]?(?::(\d+))?", host.lower(), re.ASCII)
         if not match or (match[2] or "80") != str(self.port):
             return False
-        name, everywhere = match[1].strip("[]"), self.host in ("0.0.0.0", "::")
+        if self.host not in ("0.0.0.0", "::"):
+            return match[1] in (self.host.lower(), "localhost", "127.0.0.1", "::1")
         with suppress(ValueError):
-            if everywhere and ip_address(name):
-                return True
-        return name in (self.host.lower(), "localhost", "127.0.0.1", "::1") or (
-            everywhere and name == socket.gethostname().lower())
+            return bool(ip_address(match[1]))
+        return match[1] in ("localhost", socket.gethostname().lower())
 
     def serve_forever(self) -> None:
         """Serve until Ctrl-C or shutdown()."""
@@ -3528,7 +3542,7 @@ class Server:
         self.loop, self.over = asyncio.get_running_loop(), asyncio.Event()
         self.loop.set_exception_handler(tell_fault)
         self.large = asyncio.Semaphore(2)  # photos in memory at once
-        await asyncio.start_server(self.connection, sock=self.socket, limit=MAX_HEADER_BYTES)
+        await asyncio.start_server(self.connection, sock=self.socket, limit=MAX_HEAD_BYTES)
         try:
             await self.over.wait()
         finally:

@@ -106,6 +106,22 @@ def test_regions_are_what_moves_together():
     assert not set(found[:SIZE // 2 - 1].flatten().tolist()) & set(found[SIZE // 2 + 1:].flatten().tolist())
 
 
+@pytest.mark.parametrize("size", [32, 80])
+def test_regions_have_the_names_of_what_lies_there(size):
+    """The parts of which they have most; pairs are told as pairs; what has most of none, of which it has a part."""
+    def covering(top: float, bottom: float, left: float, right: float) -> torch.Tensor:
+        mask = torch.zeros(size, size)
+        mask[int(top * size):int(bottom * size), int(left * size):int(right * size)] = 1
+        return mask
+    assert gan.name_region(covering(0.33, 0.58, 0.25, 0.75)) == "eyes, nose"
+    assert gan.name_region(covering(0.33, 0.5, 0.5, 0.75)) == "right eye"
+    assert gan.name_region(covering(0.65, 1, 0.2, 0.8)) == "mouth, chin"
+    assert gan.name_region(covering(0, 0.32, 0.2, 0.8)) == "hair, forehead"
+    assert gan.name_region(covering(0.7, 1, 0, 0.2)) == "bottom left"
+    assert gan.name_region(covering(0.67, 0.71, 0.4, 0.6)) == "part of mouth"
+    assert gan.name_region(torch.ones(size, size)).startswith("hair, forehead, eyes, nose, cheeks, mouth, chin, sides")
+
+
 def test_one_step_solves_a_linear_fit(monkeypatch):
     """Without a prior, the weighted least-squares solution; with other weights it is another one."""
     monkeypatch.setattr(gan, "PRIOR", 0.0)

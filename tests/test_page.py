@@ -411,12 +411,13 @@ def test_touch_a_region(page, server, run):
     assert page.locator("#parts button").count() == len(regions["regions"])
     page.locator("#overlay").hover(position={"x": 40, "y": 40})
     assert len(np.unique(page.locator("#overlay").evaluate(
-        "canvas => [...canvas.getContext('2d').getImageData(0, 0, 640, 640).data.filter((_, i) => i % 4 === 3)]"))) > 1
+        "canvas => [...canvas.getContext('2d').getImageData(0, 0, 32, 32).data.filter((_, i) => i % 4 === 3)]"))) > 1
     press_face(page, 0.5, 0.25)
     k = regions["map"][8 * 32 + 16]
     page.locator(f"#parts button[aria-pressed=true]:nth-child({k + 1})").wait_for()
     sliders_there = regions["regions"][k]["sliders"]
     assert page.locator("#touch .strip").count() == len(sliders_there)
+    assert page.locator("#touched").text_content() == regions["regions"][k]["name"]
     expected = moved(sliders_there[1]["vector"], push_to_the_end(page, "#touch", 1))
     await_shown(page, expected)
     assert sliders(page) == expected and shows(page, run / "last.pt", expected)
@@ -450,7 +451,7 @@ def test_paint(page):
 
 
 def test_directions_and_their_names(page, server, run):
-    """Ten directions with strips; their sliders move along them; a name stays in the run."""
+    """Ten directions with strips; their sliders move along them; a name stays in the run, and undo covers it."""
     page.locator("#tool-directions").click()
     page.locator("#directions .strip").nth(9).wait_for()
     vectors = json.loads(gan.Site.respond(server.site, "GET", "/api/directions").body)["directions"]
@@ -460,6 +461,11 @@ def test_directions_and_their_names(page, server, run):
     box.fill("smile <b>")
     box.press("Enter")
     page.locator("#status", has_text="stays with this run").wait_for()
+    page.locator("h1").click()
+    for press, name in (("z", ""), ("y", "smile <b>")):
+        with page.expect_response("**/api/directions/name") as answer:
+            page.keyboard.press(f"Control+{press}")
+        assert answer.value.json()["directions"][2]["name"] == box.input_value() == name
     page.reload()
     page.locator("#tool-directions").click()
     page.locator("#directions .strip").nth(9).wait_for()
@@ -491,12 +497,14 @@ def test_photo_by_a_square(page, server):
     page.locator("#file").set_input_files(photo_file())
     page.locator("#use").wait_for()
     assert page.locator("#note").text_content() == note
-    page.locator("#square").press("ArrowLeft")
     page.locator("#side").fill("0.5")
+    left = page.locator("#square").evaluate("one => one.scrollLeft")
+    page.locator("#square").press("ArrowLeft")
+    page.wait_for_function("before => document.getElementById('square').scrollLeft < before - 30", arg=left)
     with page.expect_request("**/api/photo?*box=*") as sent:
         page.locator("#use").click()
     left, top, right, bottom = map(int, parse_qs(urlsplit(sent.value.url).query)["box"][0].split(","))
-    assert (left, top, right, bottom) == (54, 60, 204, 210)
+    assert right - left == bottom - top == 150 and top == 75 and 50 < left < 70
     page.locator("#note", has_text="Found").wait_for()
     assert page.locator("#likeness").is_visible() and page.locator("#progress").is_hidden()
     await_changed(page, BASE)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote
@@ -57,13 +57,13 @@ def vivid_copy(trained: Path, folder: Path) -> Path:
     return run
 
 
-def oracle(path: Path, values) -> np.ndarray:
-    """The face (S, S, 3) of one vector, drawn from the checkpoint file without any of gan.py's drawing code but in the
-    same precision: vivid_copy's gain would make much of a difference that nobody sees."""
+def oracle(path: Path, values, precision=nullcontext) -> np.ndarray:
+    """The face (S, S, 3) of one vector, drawn in float32 from the checkpoint file without any of gan.py's drawing code;
+    strips are drawn in gan.autocast(CPU), and vivid_copy's gain would make much of a difference that nobody sees."""
     state = torch.load(path, weights_only=True)
     generator = gan.Generator(state["image_size"], state["settings"]["width"]).eval()
     generator.load_state_dict(state["networks"]["averaged"])
-    with torch.no_grad(), gan.autocast(CPU)():
+    with torch.no_grad(), precision():
         face = generator(torch.tensor([values], dtype=torch.float32))[0].float()
     return ((face + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy().astype(int)
 
@@ -177,7 +177,7 @@ def test_numbers_in_usual_notation_are_taken(site, run, text):
 def test_wrong_number_is_named(site, i, text):
     """A value that is no finite number within the limit is a 400 whose one line says which it is."""
     answer = site.respond("GET", target(changed(i, text)))
-    assert answer.status == 400 and re.fullmatch(rf"value {i} .{{1,200}}\n", answer.body.decode())
+    assert answer.status == 400 and re.fullmatch(rf"values: value {i} .{{1,200}}\n", answer.body.decode())
 
 
 @pytest.mark.parametrize("query, named", [
@@ -247,18 +247,18 @@ def test_the_scores_of_checkpoints_are_told(copied):
 
 def test_threads_share_forward_passes(site, run, monkeypatch):
     """Requests that wait at one moment are drawn together, and each gets its own face."""
-    come, sizes, draw, real = threading.Semaphore(0), [], gan.draw, gan.Renderer.draw
+    come, sizes, to_image, real = threading.Semaphore(0), [], gan.to_image, gan.Renderer.draw
 
-    def waiting_draw(generator, z, *rest):
-        if not sizes:  # the first pass begins when all have come
+    def waiting_image(faces):
+        if not sizes:  # the first pass ends when all have come
             assert all(come.acquire(timeout=PATIENCE) for _ in range(16))
-        sizes.append(len(z))
-        return draw(generator, z, *rest)
+        sizes.append(len(faces))
+        return to_image(faces)
 
     def counted(self, *arguments):
         come.release()
         return real(self, *arguments)
-    monkeypatch.setattr(gan, "draw", waiting_draw)
+    monkeypatch.setattr(gan, "to_image", waiting_image)
     monkeypatch.setattr(gan.Renderer, "draw", counted)
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda i: site.respond("GET", target(changed(i, 3))), range(16)))

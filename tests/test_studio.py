@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.client import HTTPConnection
 
@@ -71,7 +72,8 @@ def test_faces_stand_side_by_side(site, run):
         strip = picture(post(site, "/api/faces", vectors=vectors, checkpoint=which).body)
         file = {"last": "last.pt", "2": "epoch-00002.pt"}[which]
         assert strip.shape == (SIZE, 5 * SIZE, 3)
-        assert all(same(strip[:, i * SIZE:(i + 1) * SIZE], oracle(run / file, z)) for i, z in enumerate(vectors))
+        assert all(same(strip[:, i * SIZE:(i + 1) * SIZE], oracle(run / file, z, gan.autocast(CPU)))
+                   for i, z in enumerate(vectors))
     assert picture(post(site, "/api/faces", vectors=vectors, scale=3).body).shape == (3 * SIZE, 15 * SIZE, 3)
 
 
@@ -238,7 +240,7 @@ def test_without_the_dataset_neighbours_are_a_404(trained, tmp_path):
     ("/api/faces", {"vectors": [BASE], "checkpoint": "../x"}, "checkpoint"), ("/api/faces", {"vectors": [BASE], "checkpoint": 2}, "checkpoint"),
     ("/api/faces", {"vectors": [BASE], "checkpoint": ["2"]}, "checkpoint"), ("/api/regions", {}, "values"),
     ("/api/regions", {"values": "1,2"}, "values"), ("/api/region", {"values": BASE}, "mask"),
-    ("/api/region", {"values": BASE, "mask": [0] * SIZE * SIZE}, "mask is empty"), ("/api/region", {"values": BASE, "mask": MASK[1:]}, "mask"),
+    ("/api/region", {"values": BASE, "mask": [0] * SIZE * SIZE}, "mask: nothing"), ("/api/region", {"values": BASE, "mask": MASK[1:]}, "mask"),
     ("/api/region", {"values": BASE, "mask": [*MASK[1:], 1.1]}, "mask"), ("/api/paint", {"values": BASE, "mask": MASK}, "target"),
     ("/api/paint", {"values": BASE, "mask": MASK, "target": "x"}, "target"), ("/api/invert", {"target": None}, "target"),
     ("/api/invert", {"target": "data:image/png;base64,AAAA"}, "target"), ("/api/invert", {"target": {"a": 1}}, "target"),
@@ -285,32 +287,41 @@ def test_get_and_post_are_not_the_same(site):
 
 # ---- sockets ----
 
-def test_a_long_request_keeps_no_slider_waiting(run, monkeypatch):
-    """While one client's touch is being worked on, and another one's photo waits behind it, faces are drawn for all."""
-    working, go_on, real = threading.Event(), threading.Event(), gan.find_regions
+@pytest.mark.parametrize("path", ["/api/photo?box=4,4,36,36", "/api/invert", "/api/regions"])
+def test_a_long_request_keeps_no_slider_waiting(run, monkeypatch, path):
+    """While a photo or a touch of one client is being worked on, and another one's touch waits behind it, faces are
+    drawn for both: for the client that waits, over a second connection, and for the other."""
+    body = photo() if "photo" in path else json.dumps(
+        {"values": BASE, "target": png_url(np.zeros((SIZE, SIZE, 3)))}).encode()
+    touch = json.dumps({"values": BASE, "mask": MASK}).encode()
+    working, go_on, answers = threading.Event(), threading.Event(), []
+    name = {"photo": "cut", "invert": "fit_step", "regions": "find_regions"}[path.partition("?")[0][5:]]
+    real = getattr(gan, name)
 
-    def slow(*arguments):
+    def held(*arguments):
         working.set()
         assert go_on.wait(PATIENCE)
         return real(*arguments)
-    monkeypatch.setattr(gan, "find_regions", slow)
-    answers = []
+    monkeypatch.setattr(gan, name, held)
 
-    def long_request(port, path, **body):
-        text = json.dumps(body).encode()
-        answers.append(statuses(talk(port, request(port, "POST", path, f"Content-Length: {len(text)}", body=text))))
+    def ask_for(port, path, body):
+        answers.append(statuses(talk(port, request(port, "POST", path, f"Content-Length: {len(body)}", body=body))))
     with serving(gan.Site(run, None, CPU)) as server:
-        threads = [threading.Thread(target=long_request, args=(server.port, "/api/regions"), kwargs={"values": BASE}),
-                   threading.Thread(target=long_request, args=(server.port, "/api/invert"),
-                                    kwargs={"target": png_url(np.zeros((SIZE, SIZE, 3)))})]
-        threads[0].start()
+        first = threading.Thread(target=ask_for, args=(server.port, path, body))
+        second = threading.Thread(target=ask_for, args=(server.port, "/api/region", touch))
+        first.start()
         assert working.wait(PATIENCE)
-        threads[1].start()
-        drawn = [statuses(talk(server.port, request(server.port, path=target(changed(i, 2))))) for i in range(20)]
-        assert drawn == [[200]] * 20 and answers == []
+        second.start()
+        with ThreadPoolExecutor(2) as clients:  # each drags a slider
+            drawn = list(clients.map(lambda client: [talk(server.port, request(server.port, path=target(changed(client, i / 5))))
+                                                     for i in range(10)], range(2)))
+        assert answers == []  # both still wait
+        for client, faces in enumerate(drawn):
+            assert all(same(picture(answer.partition(b"\r\n\r\n")[2]), oracle(run / "last.pt", changed(client, i / 5)))
+                       for i, answer in enumerate(faces))
         go_on.set()
-        for thread in threads:
-            thread.join(PATIENCE)
+        first.join(PATIENCE)
+        second.join(PATIENCE)
     assert answers == [[200], [200]]
 
 
@@ -345,39 +356,30 @@ def test_a_client_that_still_sends_reads_why_it_is_refused(run):
 
 # ---- files to give away ----
 
-def convolved(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(C, H, W) with zeros around -> (out, H, W), by 3×3 filters (out, C, 3, 3)."""
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
-    return np.einsum("chwij,ocij->ohw", windows, weight)
-
-
 def evaluate(layers: list[dict], z: np.ndarray) -> np.ndarray:
-    """The exported layers in plain numpy: what the page computes."""
-    x = z.reshape(-1, 1, 1)
+    """The exported layers in plain numpy: what the page computes. Pictures are (H, W, C)."""
+    x = z.reshape(1, 1, -1)
     for layer in layers:
-        if layer["op"] == "conv":
-            assert (layer["kernel"], layer["stride"], layer["padding"]) == (3, 1, 1)
+        side = len(x)
+        if layer["op"] == "convolve":
+            kernel, stride, padding = layer["kernel"], layer["stride"], layer["padding"]
             weight = np.frombuffer(base64.b64decode(layer["weight"]), "<f2").astype(np.float32)
-            x = convolved(x, weight.reshape(layer["out"], layer["in"], 3, 3))
-        elif layer["op"] == "blur":
-            assert layer["edge"] == "zero"
-            x = convolved(x, np.eye(len(x))[..., None, None] * np.outer([1, 2, 1], [1, 2, 1]) / 16)
-        elif layer["op"] == "convT":
-            side, kernel, stride, padding = x.shape[1], layer["kernel"], layer["stride"], layer["padding"]
-            weight = np.frombuffer(base64.b64decode(layer["weight"]), "<f2").astype(np.float32).reshape(
-                layer["in"], layer["out"], kernel, kernel)
-            full = np.zeros((layer["out"], (side - 1) * stride + kernel, (side - 1) * stride + kernel), np.float32)
+            weight = np.concatenate([*weight.reshape(-1, kernel, kernel, layer["in"], 4)], 3)[..., :layer["out"]]
+            full = np.zeros(2 * [(side - 1) * stride + kernel] + [layer["out"]], np.float32)
             for row in range(side):
                 for column in range(side):
-                    full[:, row * stride:row * stride + kernel, column * stride:column * stride + kernel] += np.tensordot(
-                        x[:, row, column], weight, 1)
-            x = full[:, padding:full.shape[1] - padding, padding:full.shape[2] - padding]
+                    full[row * stride:row * stride + kernel, column * stride:column * stride + kernel] += x[row, column] @ weight
+            x = full[padding:len(full) - padding, padding:len(full) - padding]
+        elif layer["op"] == "blur":
+            padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
+            x = sum(across * down / 16 * padded[row:row + side, column:column + side]
+                    for row, down in enumerate((1, 2, 1)) for column, across in enumerate((1, 2, 1)))
         elif layer["op"] == "bias":
-            x = x + np.frombuffer(base64.b64decode(layer["data"]), "<f4").reshape(layer["shape"])
+            bias = np.frombuffer(base64.b64decode(layer["data"]), "<f4")
+            x = x + bias.reshape(x.shape if len(bias) == x.size else (-1,))
         else:
             x = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh}[layer["op"]](x)
-    return np.clip(np.round((x + 1) * 127.5), 0, 255).transpose(1, 2, 0)
+    return np.clip(np.round((x + 1) * 127.5), 0, 255)
 
 
 def test_the_exported_page_draws_the_same_faces(run, tmp_path):
