@@ -65,7 +65,7 @@ from http.client import HTTPException, HTTPMessage, parse_headers
 from ipaddress import ip_address
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -298,21 +298,20 @@ class DemoSettings:
 
 HELD_OUT_FACES = 1000  # at most; the judge compares with them
 LEAST_JUDGED = 100  # fewer would say nothing
-LOOK_PIXELS = 640  # longer side of the picture in which faces are looked for
+LOOK_PIXELS = 360  # longer side of the picture in which faces are looked for first
 THREAD = threading.local()  # holds the detector of each thread
 OPENCV = threading.Lock()  # it cannot be imported by two threads at once
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of an upright photo
-OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.pt\.gz|\.gan-.*")
+OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.(pt\.gz|json)|\.gan-.*")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Something named like an image. `read()` gives its bytes, on any thread; `problem`, if any, says why it is
-    skipped; `unread` is its suffix where photos of that kind are not read here."""
+class Entry(NamedTuple):
+    """Something named like a photo. `read()` gives its bytes, on any thread; `problem`, if any, says why it is skipped;
+    `version` is another one when the file has changed."""
     name: str
     read: Callable[[], bytes]
     problem: str = ""
-    unread: str = ""
+    version: tuple[int, int] = (0, 0)
 
 
 @cache
@@ -338,15 +337,14 @@ def is_photo_name(name: str) -> bool:
     return name.lower().endswith((*IMAGE_SUFFIXES, ".avif", *HEIF_SUFFIXES, *RAW_SUFFIXES)) and not hidden
 
 
-def checked(name: str, read: Callable[[], bytes], size: int, *, link: bool, regular: bool) -> Entry:
-    """An Entry that is refused when it is a link, a device, empty, too large, named to lead out of its source or of a
-    kind that is not read here."""
+def checked(name: str, read: Callable[[], bytes], mode: int, size: int, changed: int) -> Entry:
+    """An Entry that is refused when it is a link, a device, empty, too large or named to lead out of its source."""
     leads_out = ".." in name.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", name)
-    suffix = os.path.splitext(name)[1].lower()
-    problem = ("is a link" if link else "is not a regular file" if not regular else "is empty" if size == 0
+    problem = ("is a link" if stat.S_ISLNK(mode) else "is not a regular file" if not stat.S_ISREG(mode)
+               else "is empty" if size == 0
                else f"is larger than {MAX_FILE_BYTES // 10**6} MB" if size > MAX_FILE_BYTES
                else "has a path that leads out of its archive" if leads_out else "")
-    return Entry(name, read, problem, unread=suffix if not problem and suffix in readable_here()[1] else "")
+    return Entry(name.removeprefix("./"), read, problem, (size, changed))
 
 
 def walk_source(source: Path, scratch: Path) -> Iterator[Entry]:
@@ -370,62 +368,56 @@ def walk_folder(root: Path) -> Iterator[Entry]:
     for folder, subfolders, names in os.walk(root, onerror=troubles.append):
         subfolders.sort()
         relative = os.path.relpath(folder, root).replace(os.sep, "/") + "/" if folder != str(root) else ""
-        for name in sorted(names):
-            if is_photo_name(relative + name) and not (name == "faces.png" and "manifest.json" in names):  # ours
-                path = os.path.join(folder, name)
-                info = os.lstat(path)
-                yield checked(relative + name, partial(read_part, path), info.st_size,
-                              link=stat.S_ISLNK(info.st_mode), regular=stat.S_ISREG(info.st_mode))
+        ours = {"faces.png"} if "manifest.json" in names else set()
+        for path in (relative + name for name in sorted(names) if name not in ours):
+            if is_photo_name(path):
+                info = os.lstat(os.path.join(root, path))
+                yield checked(path, partial(read_part, root, path), info.st_mode, info.st_size, info.st_mtime_ns)
     for error in troubles:
         yield Entry(os.path.relpath(error.filename, root), bytes, one_line(error))
 
 
-def read_part(path: str | Path, start: int = 0, size: int = -1) -> bytes:
-    """`size` bytes of a file, all by default; OSError where it cannot be read."""
-    with open(path, "rb") as file:
+def read_part(folder: str | Path, name: str, start: int = 0, size: int = -1) -> bytes:
+    """`size` bytes of a file in a folder, all by default; OSError where it cannot be read."""
+    with open(os.path.join(folder, name), "rb") as file:
         file.seek(start)
         return file.read(size)
 
 
 def walk_zip(path: Path) -> Iterator[Entry]:
     """Photos of a .zip, in its order."""
-    archive = zipfile.ZipFile(path)  # stays open for the entries
+    archive, changed = zipfile.ZipFile(path), path.stat().st_mtime_ns  # stays open for the entries
     for info in archive.infolist():
-        if is_photo_name(info.filename) and not info.is_dir():
-            kind = stat.S_IFMT(info.external_attr >> 16)
-            yield checked(info.filename, partial(archive.read, info), info.file_size,
-                          link=kind == stat.S_IFLNK, regular=kind in (0, stat.S_IFREG, stat.S_IFLNK))
+        if is_photo_name(info.filename):
+            mode = info.external_attr >> 16
+            mode = mode if stat.S_IFMT(mode) else stat.S_IFREG
+            yield checked(info.filename, partial(archive.read, info), mode, info.file_size, changed)
 
 
 def walk_tar(path: Path, scratch: Path) -> Iterator[Entry]:
     """Photos of a .tar, in its order. Those of a packed one are copied to a scratch file, where they can be found."""
+    changed = path.stat().st_mtime_ns
     with tarfile.open(path) as archive, open(scratch / "photos", "wb") as copies:
         packed = not isinstance(archive.fileobj, io.BufferedReader)
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # tarfile would remember each of a long archive
             if is_photo_name(member.name) and not member.isdir():
-                place = (path, member.offset_data, member.size)
+                read = partial(read_part, path.parent, path.name, member.offset_data, member.size)
                 if packed and member.isreg() and member.size <= MAX_FILE_BYTES:
-                    place = (Path(copies.name), copies.tell(), member.size)
+                    read = partial(read_part, scratch, "photos", copies.tell(), member.size)
                     archive.fileobj.seek(member.offset_data)
                     copies.write(archive.fileobj.read(member.size))
-                yield checked(member.name, partial(read_part, *place), member.size,
-                              link=member.issym() or member.islnk(), regular=member.isreg())
-
-
-def persons_of(names: list[str]) -> dict[str, str]:
-    """Name of a photo -> its person, which is its folder. A flat folder, one folder alone around all photos included,
-    holds no persons: there each photo is taken for one of its own."""
-    folders = {name: name.rpartition("/")[0] for name in names}
-    several = len(set(folders.values())) > 1
-    return {name: folder if several and folder not in ("", ".") else name for name, folder in folders.items()}
+                mode = stat.S_IFLNK if member.issym() or member.islnk() else stat.S_IFREG if member.isreg() else 0
+                yield checked(member.name, read, mode, member.size, changed)
 
 
 def by_person(names: list[str]) -> list[list[str]]:
-    """The names of each person's photos, in their order."""
+    """The names of each person's photos, in their order. A person is a folder. A flat folder, one folder alone around
+    all photos included, holds no persons: there each photo is taken for one of its own."""
     photos: dict[str, list[str]] = {}
-    for name, person in persons_of(names).items():
-        photos.setdefault(person, []).append(name)
+    several = len({name.rpartition("/")[0] for name in names}) > 1
+    for name in names:
+        photos.setdefault((name.rpartition("/")[0] if several else "") or name, []).append(name)
     return list(photos.values())
 
 
@@ -455,15 +447,15 @@ def choose_held_out(names: list[str], limit: int) -> list[str]:
     small = sorted((theirs for theirs in people if 10 * len(theirs) <= wanted), key=len)
     held_out: set[str] = set()
     if sum(map(len, small)) >= wanted:
-        while len(held_out) < wanted:
-            held_out.update(small.pop(0))
+        for theirs in small:
+            held_out.update(theirs if len(held_out) < wanted else [])
     else:
         late = sorted((turn / len(theirs), name) for theirs in people for turn, name in enumerate(theirs))
         held_out.update(name for _, name in late[:wanted])
     return [name for name in names if name in held_out]
 
 
-def crop_box(width: int, height: int, crop: float) -> Box:
+def crop_box(width: float, height: float, crop: float) -> Box:
     """The largest square in the central `crop` share of width and height, as (left, top, right, bottom) pixels."""
     side = crop * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
@@ -517,42 +509,57 @@ def face_detector():
     return THREAD.detector
 
 
+def look(grey: Image.Image, region: Box, scale: float, **how) -> list[Box]:
+    """Boxes, in pixels of a grey image, of what the detector takes for faces in a region, shrunk by `scale`."""
+    left, top, right, bottom = region
+    size = max(1, round((right - left) / scale)), max(1, round((bottom - top) / scale))
+    shrunk = grey.resize(size, Image.Resampling.BILINEAR, region, reducing_gap=2)
+    found = np.reshape(face_detector().detectMultiScale(np.asarray(shrunk), **how), (-1, 4)) * scale
+    return [(left + x, top + y, left + x + side, top + y + side) for x, y, side, _ in found.tolist()]
+
+
 def find_faces(image: Image.Image) -> list[Box]:
     """Squares around the faces in an upright RGB image, largest first; they may lie outside it in part.
 
     A square is 1.1 times the detector's box, which is the share of a face that the central half of an LFW photo shows.
-    Faces of less than a 23rd of the image's longer side, or 28 pixels, are not found. UserError without OpenCV 4."""
-    grey = image.convert("L")
-    grey.thumbnail((LOOK_PIXELS, LOOK_PIXELS), Image.Resampling.BILINEAR)
-    scale = max(image.size) / max(grey.size)
-    found = face_detector().detectMultiScale(np.asarray(grey), 1.2, 2, minSize=(28, 28))
+    First the whole is looked at from several distances, from which faces have 20 to 39 pixels: there the detector takes
+    steps of two pixels. Then each place where it saw anything is looked at closely. Faces of less than an 18th of the
+    image's longer side, or 28 pixels, are not found. UserError without OpenCV 4."""
+    face_detector()
+    from cv2 import groupRectangles
+    grey, seen = image.convert("L"), []
+    scale = max(max(grey.size) / LOOK_PIXELS, 28 / 20)
+    while min(grey.size) >= 20 * scale:
+        seen += look(grey, (0, 0, *grey.size), scale, scaleFactor=1.3, minNeighbors=0, maxSize=(39, 39))
+        scale *= 2
+    boxes = [[round(left), round(top), round(right - left), round(bottom - top)] for left, top, right, bottom in seen]
+    found: list[Box] = []
+    for left, top, side, _ in np.reshape(groupRectangles(2 * boxes, 1, 0.3)[0], (-1, 4)).tolist():
+        around = (max(0, left - side / 2), max(0, top - side / 2),
+                  min(grey.width, left + 1.5 * side), min(grey.height, top + 1.5 * side))
+        found += look(grey, around, side / 48, scaleFactor=1.15, minNeighbors=2, minSize=(33, 33), maxSize=(72, 72))
     squares: list[Box] = []
-    for left, top, side, _ in sorted(np.reshape(found, (-1, 4)).tolist(), key=lambda box: -box[2]):
-        x, y, half = scale * (left + side / 2), scale * (top + side / 2), scale * 1.1 * side / 2
+    for left, top, right, bottom in sorted(found, key=lambda box: box[0] - box[2]):
+        x, y, half = (left + right) / 2, (top + bottom) / 2, 1.1 * (right - left) / 2
         if not any(box[0] < x < box[2] and box[1] < y < box[3] for box in squares):  # else it is of one of their faces
             squares.append((x - half, y - half, x + half, y + half))
     return squares
 
 
-def resized(square: Box, factor: float) -> Box:
-    """The same square where a pixel has become `factor` pixels."""
-    left, top, right, bottom = square
-    return left * factor, top * factor, right * factor, bottom * factor
-
-
-def problem_of(square: Box, image: Image.Image, scale: float, least: int) -> str:
-    """Why a square of an image is not used as a face, if so: less than `least` of the photo's pixels wide, of which one
-    of the image stands for `scale`, or too much of it lies outside."""
+def problem_of(square: Box, width: float, height: float, least: int) -> str:
+    """Why a square of a photo of this size is not used as a face, if so: less than `least` pixels wide, or too much of
+    it lies outside."""
     left, top, right, bottom = square
     side = right - left
-    inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0)) / side ** 2
-    return (f"has a face too small to use ({scale * side:.0f} pixels, not {least})" if scale * side < least
+    inside = (min(right, width) - max(left, 0)) * (min(bottom, height) - max(top, 0)) / side ** 2
+    return (f"has a face too small to use ({side:.0f} pixels, not {least})" if side < least
             else "has a face of which more than a fifth lies outside" if inside < 0.8 else "")
 
 
-def cut(image: Image.Image, square: Box, size: int) -> np.ndarray:
-    """A square of an RGB image as (size, size, 3) uint8; what lies outside is mirrored."""
-    left, top, right, bottom = square
+def cut(image: Image.Image, square: Box, size: int, scale: float = 1) -> np.ndarray:
+    """A square of a photo, of which a pixel of the RGB image stands for `scale`, as (size, size, 3) uint8; what lies
+    outside is mirrored."""
+    left, top, right, bottom = (edge / scale for edge in square)
     x, y = max(0, math.ceil(-left)), max(0, math.ceil(-top))
     beyond_x, beyond_y = max(0, math.ceil(right - image.width)), max(0, math.ceil(bottom - image.height))
     if x or y or beyond_x or beyond_y:
@@ -565,31 +572,31 @@ def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[
     """Decode a photo: (its faces, largest first, as (Box in the photo's pixels, (size, size, 3) uint8), why other faces
     are not used). ValueError says in one line why the photo is not."""
     if isinstance(crop, str):
-        image, scale = open_photo(data, LOOK_PIXELS)
+        image, scale = open_photo(data, 2 * LOOK_PIXELS)
         least, squares = size, find_faces(image)
     else:
         image, scale = open_photo(data, 2 * size / crop)
         least, squares = MIN_FACE_PIXELS, [crop_box(*image.size, crop)]
-    problems = [problem_of(square, image, scale, least) for square in squares]
+    squares = [(scale * left, scale * top, scale * right, scale * bottom) for left, top, right, bottom in squares]
+    problems = [problem_of(square, scale * image.width, scale * image.height, least) for square in squares]
     good = [square for square, problem in zip(squares, problems) if not problem]
     refused = [problem for problem in problems if problem]
     if not good:
         raise ValueError(refused[0] if refused else "no face found")
-    finer, looked_at = size / min(right - left for left, _, right, _ in good), scale
+    finer = size * scale / min(right - left for left, _, right, _ in good)
     if finer > 1 and scale > 1:  # the photo has more pixels than faces were looked for in
         image, scale = open_photo(data, finer * min(image.size))
-    ratio = looked_at / scale
-    return [(resized(square, looked_at), cut(image, resized(square, ratio), size)) for square in good], refused
+    return [(square, cut(image, square, size, scale)) for square in good], refused
 
 
-def on_all_cores(function: Callable, items: Iterable) -> Iterator:
-    """Like map, on all cores; few items are begun at once, which bounds memory."""
+def on_all_cores(function: Callable, items: Iterable, ahead: int = 4) -> Iterator:
+    """Like map, on all cores; at most so many items a core are begun ahead, which bounds memory."""
     cores = usable_cores()
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(cores) as pool:  # threads: Pillow and OpenCV work without holding the GIL
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > 4 * cores:
+            if len(waiting) > ahead * cores:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -754,69 +761,107 @@ def quiet_libraries() -> Iterator[TextIO]:
             os.dup2(terminal.fileno(), 2)
 
 
-@dataclass(frozen=True)
-class Face:
-    """A face of the dataset: its photo, its Box there and its place in the scratch file."""
-    photo: str
-    box: Box
-    place: int
-
-    def where(self) -> dict:
-        """Its entry in the manifest."""
-        return {"photo": self.photo, "box": [round(edge, 1) for edge in self.box]}
-
-
 class Photos:
     """The photos of a source, or drawn faces in their place: which may be taken, and what becomes of each.
 
-    `names` are in the order in which they are to be taken; `skipped` is name -> reason."""
+    `names` are in the order in which they are to be taken; `skipped` is name -> reason; `unread` counts the suffixes of
+    kinds that are not read here. `work` is a folder for batches and for notes of which are done, the same one for the
+    same settings and files."""
 
-    def __init__(self, settings: PrepareSettings, scratch: Path):
-        self.settings = settings
+    def __init__(self, settings: PrepareSettings):
+        self.settings, self.terminal = settings, sys.stderr
         self.source = None if settings.demo else find_source(settings)
-        found = walk_source(self.source, scratch) if self.source else draw_photos(settings)
-        self.entries = {entry.name: entry for entry in found}
-        self.skipped = {name: entry.problem for name, entry in self.entries.items() if entry.problem}
-        self.skipped_faces: dict[str, list[str]] = {}
-        good = [name for name, entry in self.entries.items() if not entry.problem and not entry.unread]
-        self.person = persons_of(good)
+        self.skipped: dict[str, str] = {}
+        self.unread: Counter[str] = Counter()
+        self.read: dict[str, Callable[[], bytes]] = {}
+        scratch, digest = Path(settings.data, ".gan-prepare"), hashlib.sha256(repr(settings).encode())
+        scratch.mkdir(parents=True, exist_ok=True)
+        for name, read, problem, version in walk_source(self.source, scratch) if self.source else draw_photos(settings):
+            digest.update(repr((name, version)).encode())
+            self.skipped.pop(name, None)
+            self.read.pop(name, None)  # the last one of a name counts
+            if problem:
+                self.skipped[name] = problem
+            elif (suffix := os.path.splitext(name)[1].lower()) in readable_here()[1]:
+                self.unread[suffix] += 1
+            else:
+                self.read[name] = read
+        good = list(self.read)
+        self.several = len({name.rpartition("/")[0] for name in good}) > 1
         self.names = choose_photos(good, settings.per_person, settings.seed) if self.source else good
+        self.found = len(good) + len(self.skipped) + self.unread.total()
+        self.work = scratch / digest.hexdigest()[:16]
+        for other in scratch.iterdir():
+            if other.is_dir() and other != self.work:
+                shutil.rmtree(other)
+        self.work.mkdir(exist_ok=True)
 
-    def decode(self, name: str) -> tuple[str, list[tuple[Box, np.ndarray]], list[str]]:
-        """(Name, faces of a photo, why others are not used). Of a photo of a person that is one face, the largest."""
+    def decode(self, name: str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
+        """(Faces of a photo, why others are not used). Of a photo of a person that is one face, the largest."""
         try:
             crop = self.settings.crop if self.source else 1.0
-            faces, refused = decode_faces(self.entries[name].read(), self.settings.size, crop)
+            faces, refused = decode_faces(self.read[name](), self.settings.size, crop)
         except Exception as error:  # each kind of archive and compression raises its own kinds of error
-            return name, [], [one_line(error)]
-        return name, faces if self.person[name] == name else faces[:1], refused
+            return [], [one_line(error)]
+        return faces[:1] if self.several and "/" in name else faces, refused
 
-    def take(self, names: list[str], most: int, file: BinaryIO, bar: tqdm) -> list[Face]:
-        """The first `most` faces of those photos, or all there are, written to the end of a file."""
-        faces: list[Face] = []
-        for name, found, refused in on_all_cores(self.decode, names if most else []):
+    def faces(self, names: list[str], first: int, bar: tqdm) -> Iterator[tuple[int, int, dict, np.ndarray]]:
+        """The faces of those photos from number `first` on, as (number of the photo, of the face in it, what is told of
+        the face, its pixels)."""
+        for place, (found, refused) in enumerate(on_all_cores(self.decode, names[first:]), first):
             if not found:
-                self.skipped[name] = refused[0]
-            elif refused:
-                self.skipped_faces[name] = refused
-            for box, pixels in found[:most - len(faces)]:
-                faces.append(Face(name, box, file.tell() // pixels.nbytes))
-                file.write(pixels.tobytes())
-                bar.update()
-            if len(faces) == most:
-                break
-        return faces
+                self.skipped[names[place]] = refused[0]
+            for number, (box, pixels) in enumerate(found):
+                told = {"photo": names[place], "box": [round(edge, 1) for edge in box]}
+                yield place, number, told | ({"not_used": refused} if refused else {}), pixels
+            bar.update()
 
-    def account(self, faces: list[Face], held_out: list[Face]) -> dict:
-        """What became of each file, for the manifest: the numbers of `files` add up to `photos_found`."""
-        used, apart = (len({face.photo for face in kind}) for kind in (faces, held_out))
-        unread = Counter(entry.unread for entry in self.entries.values() if entry.unread)
-        over = len(self.names) - used - apart - sum(name in self.skipped for name in self.names)
-        return {"source": str(self.source or "drawn faces"), "photos_found": len(self.entries),
-                "files": {"used": used, "held_out": apart, "left_by_per_person": len(self.person) - len(self.names),
-                          "left_by_limit": over, "skipped": len(self.skipped), "not_read": dict(unread)},
-                "skipped": [{"file": name, "reason": reason} for name, reason in sorted(self.skipped.items())],
-                "skipped_faces": dict(sorted(self.skipped_faces.items()))}
+    def lots(self, names: list[str], place: int, faces: Iterator) -> Iterator[tuple[list[tuple], dict[str, str]]]:
+        """Those faces in lots of a batch, each with what was skipped on the way to it, from photo number `place` on."""
+        while lot := list(islice(faces, BATCH_FILE_FACES)):
+            since, place = place, lot[-1][0]
+            yield lot, {name: self.skipped[name] for name in names[since:place] if name in self.skipped}
+
+    def write(self, kind: str, item: tuple[int, tuple[list[tuple], dict[str, str]]]) -> dict:
+        """Write a numbered lot: the batch, named by its content; what is told of its faces; and a note that this is
+        done, which is returned."""
+        number, (lot, skipped) = item
+        places, numbers, told, pixels = zip(*lot)
+        images, buffer = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), io.BytesIO()
+        torch.save(images, buffer)
+        # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
+        packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_HUFFMAN_ONLY)
+        packed = packer.compress(buffer.getbuffer()) + packer.flush()
+        digest = hashlib.sha256(packed).hexdigest()
+        stem = f"{kind}-{number:05d}-{digest[:8]}"
+        atomic_write(self.work / f"{stem}.pt.gz", packed)
+        atomic_write(self.work / f"{stem}.json", json.dumps(told).encode())
+        if self.settings.png and kind == "faces":
+            write_pngs(Path(self.settings.png), images, number * BATCH_FILE_FACES)
+        note = {"batch": {"file": f"{stem}.pt.gz", "count": len(lot), "sha256": digest}, "skipped": skipped,
+                "place": places[-1], "number": numbers[-1]}
+        atomic_write(self.work / f"{kind}-{number:05d}.note", json.dumps(note).encode())
+        return note
+
+    def take(self, kind: str, names: list[str], most: int) -> tuple[list[dict], list[str]]:
+        """Write the first `most` faces of those photos, or all there are, in batches, and go on from where a killed
+        process got to: (the batches' entries in the manifest, names of the photos used)."""
+        notes: list[dict] = []
+        while (path := self.work / f"{kind}-{len(notes):05d}.note").exists():
+            notes.append(json.loads(path.read_bytes()))
+            self.skipped |= notes[-1].pop("skipped")
+        place, used = (notes[-1]["place"], notes[-1]["number"] + 1) if notes else (0, 0)
+        taken = sum(note["batch"]["count"] for note in notes)
+        if notes:
+            say(f"{kind}: going on after {taken:,}")
+        if taken < most:
+            with tqdm(desc=kind, unit="photo", total=min(most, len(names)), initial=place, file=self.terminal,
+                      disable=not self.terminal.isatty()) as bar:
+                faces = islice(self.faces(names, place, bar), used, used + most - taken)
+                lots = enumerate(self.lots(names, place, faces), len(notes))
+                notes += on_all_cores(partial(self.write, kind), lots, ahead=1)
+        seen = names[:notes[-1]["place"] + 1] if notes else []
+        return [note["batch"] for note in notes], [name for name in seen if name not in self.skipped]
 
 
 def draw_photos(settings: PrepareSettings) -> Iterator[Entry]:
@@ -833,62 +878,22 @@ def unread_text(kinds: dict[str, int]) -> str:
     return f", not read {told}" if told else ""
 
 
-def collect_faces(settings: PrepareSettings, scratch: Path) -> tuple[list[Face], list[Face], dict]:
-    """Decode photos into a scratch file, which bounds memory however many there are: (faces to train on, held-out ones,
-    facts for the manifest). Where photos turn out bad, the next ones take their place."""
-    photos, limit = Photos(settings, scratch), settings.limit or sys.maxsize
+def write_batches(photos: Photos) -> dict:
+    """Turn photos into batches; what the manifest says of them. Where photos turn out bad, the next ones take their
+    place. The numbers of `files` add up to `photos_found`."""
+    limit = photos.settings.limit or 10**10  # which is all
     apart = choose_held_out(photos.names, limit)
-    with (open(scratch / "faces", "wb") as file, quiet_libraries() as terminal,
-          tqdm(unit="face", desc="prepare", file=terminal, disable=not terminal.isatty()) as bar):
-        held_out = photos.take(apart, max(len(apart), HELD_OUT_FACES), file, bar)
-        seen = {face.photo for face in held_out} | photos.skipped.keys()
-        faces = photos.take([name for name in photos.names if name not in seen], limit, file, bar)
-    if len(held_out) < LEAST_JUDGED:  # nothing could be told from so few
-        rank = {name: i for i, name in enumerate(photos.names)}
-        faces, held_out = sorted(faces + held_out, key=lambda face: rank[face.photo])[:limit], []
-    facts = photos.account(faces, held_out)
-    if not faces:
-        first = "".join(f": {item['file']!a} {item['reason']}, for one" for item in facts["skipped"][:1])
-        raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders "
-                        f"and skipped {len(facts['skipped'])}{first}{unread_text(facts['files']['not_read'])}")
-    return faces, held_out, facts
-
-
-def read_faces(scratch: Path, faces: list[Face], size: int) -> Tensor:
-    """Faces from the scratch file, as uint8 (N, 3, size, size)."""
-    pixels = np.memmap(scratch / "faces", np.uint8, "r").reshape(-1, size, size, 3)[[face.place for face in faces]]
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def write_batches(settings: PrepareSettings, scratch: Path, kind: str, faces: list[Face]) -> list[dict]:
-    """Write faces to files named by their content, in the scratch folder; their entries in the manifest."""
-    def write(start: int) -> dict:
-        images, buffer = read_faces(scratch, faces[start:start + BATCH_FILE_FACES], settings.size), io.BytesIO()
-        torch.save(images, buffer)
-        # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
-        packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_HUFFMAN_ONLY)
-        packed = packer.compress(buffer.getbuffer()) + packer.flush()
-        digest = hashlib.sha256(packed).hexdigest()
-        name = f"{kind}-{start // BATCH_FILE_FACES:05d}-{digest[:8]}.pt.gz"
-        atomic_write(scratch / name, packed)
-        if settings.png and kind == "faces":
-            write_pngs(Path(settings.png), images, start)
-        return {"file": name, "count": len(images), "sha256": digest}
-    return list(on_all_cores(write, range(0, len(faces), BATCH_FILE_FACES)))
-
-
-def write_dataset(settings: PrepareSettings, scratch: Path) -> dict:
-    """Write the batches and the contact sheet into the scratch folder; the manifest."""
-    faces, held_out, facts = collect_faces(settings, scratch)
-    batches = write_batches(settings, scratch, "faces", faces)
-    held_out_batches = write_batches(settings, scratch, "held-out", held_out)
-    first = read_faces(scratch, faces[:100], settings.size)
-    write_grid(scratch / "faces.png", first)
-    told = not settings.demo and settings.crop != "face" and len(first) >= 20  # fewer would say nothing
-    where, held_out_where = ([face.where() for face in kind] for kind in (faces, held_out))
-    return {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size, "count": len(faces),
-            "crops_with_face": crops_with_face(first[:50]) if told else None, **facts, "settings": asdict(settings),
-            "batches": batches, "held_out": held_out_batches, "faces": where, "held_out_faces": held_out_where}
+    held_out, strangers = photos.take("held-out", apart, max(len(apart), HELD_OUT_FACES))
+    if sum(batch["count"] for batch in held_out) < LEAST_JUDGED:  # nothing could be told from so few
+        held_out, strangers = [], []
+    seen = photos.skipped.keys() | strangers
+    batches, used = photos.take("faces", [name for name in photos.names if name not in seen], limit)
+    left = len(photos.names) - len(used) - len(strangers) - sum(name in photos.skipped for name in photos.names)
+    files = {"used": len(used), "held_out": len(strangers), "left_by_per_person": len(photos.read) - len(photos.names),
+             "left_by_limit": left, "skipped": len(photos.skipped), "not_read": dict(photos.unread)}
+    return {"count": sum(batch["count"] for batch in batches), "source": str(photos.source or "drawn faces"),
+            "photos_found": photos.found, "files": files, "batches": batches, "held_out": held_out,
+            "skipped": [{"file": name, "reason": reason} for name, reason in sorted(photos.skipped.items())]}
 
 
 def crops_with_face(images: Tensor) -> float | None:
@@ -905,30 +910,38 @@ def crops_with_face(images: Tensor) -> float | None:
 def prepare(settings: PrepareSettings) -> dict:
     """Turn photos into a dataset folder and return its manifest.
 
-    The folder holds faces-NNNNN-HASH.pt.gz (gzipped uint8 tensors (n, 3, size, size), n <= 200), held-out-… likewise,
-    faces.png (the first 100 faces) and manifest.json. Batches are named by content and put in place first, the manifest
-    after them: whoever reads the folder sees the earlier dataset whole or the new one whole, whenever this process is
-    killed."""
-    data = Path(settings.data)
+    The folder holds faces-NNNNN-HASH.pt.gz (gzipped uint8 tensors (n, 3, size, size), n <= 200), beside each a .json
+    with the photo and Box of each face, held-out-… likewise, faces.png (the first 100 faces) and manifest.json. Batches
+    are named by content, and the manifest is written after them: whoever reads it sees the earlier dataset whole
+    or the new one whole, whenever this process is killed. The same call then goes on from the last batch."""
     if settings.crop == "face":
         face_detector()  # or say at once that there is none
+    data = Path(settings.data)
     check_data_folder(data)
-    data.mkdir(parents=True, exist_ok=True)
+    photos = Photos(settings)
+    with quiet_libraries() as photos.terminal:
+        facts = write_batches(photos)
+    if not facts["batches"]:
+        remove_orphans(data)
+        first = "".join(f": {item['file']!a} {item['reason']}, for one" for item in facts["skipped"][:1])
+        raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders "
+                        f"and skipped {len(facts['skipped'])}{first}{unread_text(facts['files']['not_read'])}")
+    batches = [batch["file"] for batch in facts["batches"] + facts["held_out"]]
+    fresh = batches + [name.replace(".pt.gz", ".json") for name in batches]
+    for name in fresh:
+        with suppress(FileNotFoundError):  # a killed process has put it in place
+            os.replace(photos.work / name, data / name)
+    packed = (data / batches[0]).read_bytes()
+    first = torch.load(io.BytesIO(gzip.decompress(packed)), weights_only=True)[:100]
+    told = photos.source and settings.crop != "face" and len(first) >= 20  # fewer would say nothing
+    manifest = {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size,
+                "crops_with_face": crops_with_face(first[:50]) if told else None, **facts, "settings": asdict(settings)}
+    atomic_write(data / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write_grid(data / "faces.png", first)
     remove_orphans(data)
-    scratch = data / f".gan-prepare-{os.getpid()}"
-    scratch.mkdir()
-    try:
-        manifest = write_dataset(settings, scratch)
-        fresh = [batch["file"] for batch in manifest["batches"] + manifest["held_out"]]
-        for name in fresh:
-            os.replace(scratch / name, data / name)
-        atomic_write(data / "manifest.json", json.dumps(manifest, indent=1).encode())
-        os.replace(scratch / "faces.png", data / "faces.png")
-        for path in data.glob("*.pt.gz"):
-            if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
-                path.unlink()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    for path in data.glob("*-*-*"):
+        if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
+            path.unlink()
     return manifest
 
 
