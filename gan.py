@@ -2980,7 +2980,7 @@ def export_onnx(generator: Generator, facts: dict) -> bytes:
     nodes, arrays = [helper.make_node("Reshape", ["z", "shape"], ["x0"])], {"shape": np.array([-1, LATENT_SIZE, 1, 1])}
     kinds = {"convolve": "ConvTranspose", "blur": "Conv", "bias": "Add", "relu": "Relu", "tanh": "Tanh"}
     for i, layer in enumerate(folded_layers(generator)):
-        array, sizes = layer.get("weight", layer.get("data")), {}
+        array, sizes = layer.get("weight", layer.get("data")), dict[str, Any]()
         if layer["op"] == "convolve":
             sizes = {"strides": [layer["stride"]] * 2, "pads": [layer["padding"]] * 4}
             channels = layer["out"]
@@ -3138,11 +3138,6 @@ def label(value, size: int) -> str:
     return value.strip()
 
 
-def anything(value, size: int):
-    """A field that cannot be wrong, or that is looked up."""
-    return value
-
-
 def read_target(target: str) -> tuple[str, dict[str, Any]]:
     """A request target as (path as it stands among the ROUTES, fields)."""
     try:
@@ -3176,17 +3171,18 @@ def data_url(image: Image.Image, kind: str = "PNG") -> str:
 
 @dataclass(frozen=True)
 class Route:
-    """What answers a path: a method of Site, after its fields are read; `heavy`: it takes a second of all cores."""
+    """What answers a path: a method of Site, after its fields are parsed (None: taken as they are); `heavy`: it takes a
+    second of all cores."""
     method: str
     answer: str
     heavy: bool
-    fields: dict[str, Callable]
+    fields: dict[str, Callable | None]
 
 
 ROUTES: dict[str, Route] = {}
 
 
-def route(path: str, method: str = "GET", heavy: bool = False, **fields: Callable) -> Callable:
+def route(path: str, method: str = "GET", heavy: bool = False, **fields: Callable | None) -> Callable:
     """Declare the route that a method of Site answers: it gets the asked checkpoint's Model and the fields, and returns
     a Response, a dictionary (JSON) or a picture (PNG)."""
     def declare(answer: Callable) -> Callable:
@@ -3324,7 +3320,7 @@ class Site:
         model, values = self.load(path), {}
         for name, parse in found.fields.items():
             try:
-                values[name] = parse(asked.get(name), model.size)
+                values[name] = parse(asked.get(name), model.size) if parse else asked.get(name)
             except ValueError as error:
                 raise BadRequest(400, f"{name}: {error}") from None
         answer = getattr(self, found.answer)(model, **values)
@@ -3400,7 +3396,7 @@ class Site:
             raise BadRequest(404, "training wrote no sample grids here")
         return Response(200, "image/webp", webp_bytes(frames, 100))
 
-    @route("/api/film", "POST", heavy=True, vectors=vectors(2, MAX_FILM_FACES), scale=whole(1, 4, 2), loop=anything)
+    @route("/api/film", "POST", heavy=True, vectors=vectors(2, MAX_FILM_FACES), scale=whole(1, 4, 2), loop=None)
     def film(self, model: Model, vectors: Tensor, scale: int, loop) -> Response:
         images = pictures(draw(model.generator, film(vectors, loop=loop is True)))
         return Response(200, "image/webp", webp_bytes([enlarged(image, scale) for image in images]))
@@ -3431,13 +3427,13 @@ class Site:
     def paint(self, model: Model, values: Tensor, target: Tensor, mask: Tensor) -> dict:
         return self.fitted(model.generator, values, target, mask + KEEP_REST)
 
-    @route("/api/invert", "POST", heavy=True, values=anything, target=picture)
-    def invert(self, model: Model, values, target: Tensor) -> dict:
+    @route("/api/invert", "POST", heavy=True, target=picture,
+           values=lambda value, size: None if value is None else vector(value, size))
+    def invert(self, model: Model, values: Tensor | None, target: Tensor) -> dict:
         """One step to the face that is most like a target."""
         weights = face_weights(model.size)
-        if values is None:
-            values = tidy(fit_start(model.generator, target, weights))
-        return self.fitted(model.generator, vector(values, model.size), target, weights)
+        start = fit_start(model.generator, target, weights) if values is None else values
+        return self.fitted(model.generator, start, target, weights)
 
     def fitted(self, generator: Generator, z: Tensor, target: Tensor, weights: Tensor) -> dict:
         """The answer of one step of a fit."""
@@ -3445,7 +3441,7 @@ class Site:
         before, now = distances_to(target, generator(torch.stack([z, better])), weights).tolist()
         return {"values": tidy(better), "distance": round(now, 3), "done": before - now < FIT_DONE}
 
-    @route("/api/photo", "POST", heavy=True, photo=anything, box=square)
+    @route("/api/photo", "POST", heavy=True, photo=None, box=square)
     def photo(self, model: Model, photo: bytes, box: Box | None) -> dict:
         """The faces in a photo, or what lies in the box, cut out as targets of /api/invert."""
         boxes, note = [box] if box else [], ""
@@ -3555,11 +3551,12 @@ class Server:
         self.loop, self.over = asyncio.get_running_loop(), asyncio.Event()
         self.loop.set_exception_handler(tell_fault)
         self.large = asyncio.Semaphore(2)  # photos in memory at once
-        await asyncio.start_server(self.connection, sock=self.socket, limit=MAX_HEAD_BYTES)
+        server = await asyncio.start_server(self.connection, sock=self.socket, limit=MAX_HEAD_BYTES)
         try:
             await self.over.wait()
         finally:
             self.over.set()
+            server.close()  # a connection accepted at the very end would leave a warning
 
     def shutdown(self) -> None:
         """Let serve_forever return; from another thread."""

@@ -3,7 +3,8 @@
     train     the balanced loop of gan.py against tests/reference.py, the same sequence of updates on both sides; then
               a real training process for its memory and for what sampling, logging and checkpoints cost
     prepare   photos to a dataset against one process that decodes and packs float32 with gzip's level 9
-    serve     faces over HTTP against a plain server: one client, then 32 at once; how long a touch and a photo take
+    serve     faces over HTTP against a plain server: one client, then 32 at once; how long a touch and a photo take; in
+              Chromium, pictures a second while a slider moves, and what an exported page draws (--run for a real run)
     studio    on a real run (--run, --data): do a region's sliders leave the rest alone, do photos find their likeness
     scale     what ranks send one another in an update, measured; and by arithmetic what that means for many GPUs
 
@@ -16,6 +17,7 @@ import io
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -265,9 +267,10 @@ def bench_serve(options) -> dict:
     """Each server is a process of its own; the clients are threads of this one."""
     vectors, ports = torch.randn(400, 128), {"plain": 18666, "gan.py": 18667}
     with tempfile.TemporaryDirectory() as folder:
-        data, run = f"{folder}/data", f"{folder}/run"
-        gan.prepare(gan.PrepareSettings(demo=True, data=data, limit=20))
-        gan.train(gan.TrainSettings(data=data, run=run, epochs=1, device="cpu"))
+        data, run = f"{folder}/data", options.run or f"{folder}/run"
+        if not options.run:
+            gan.prepare(gan.PrepareSettings(demo=True, data=data, limit=20))
+            gan.train(gan.TrainSettings(data=data, run=run, epochs=1, device="cpu"))
         commands = {"plain": [sys.executable, __file__, "plain-server", str(ports["plain"])],
                     "gan.py": [sys.executable, ROOT / "gan.py", "eval", "--run", run, "--port", str(ports["gan.py"])]}
         servers = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands.values()]
@@ -295,6 +298,7 @@ def bench_serve(options) -> dict:
                    for name, values in latencies.items()}
             seconds = alternate({name: lambda name=name: many_clients(name) for name in ports}, options.rounds)
             studio = studio_seconds(ports["gan.py"], options.rounds)
+            studio |= page_figures(ports["gan.py"], run, Path(folder) / "faces.html", options.rounds)
         finally:
             for server in servers:
                 server.terminate()
@@ -335,6 +339,51 @@ def studio_seconds(port: int, rounds: int) -> dict:
             beside.append(ask(port, torch.randn(128)))
     return {"touch, s": spread(touches), "photo, s": spread(photos),
             "ms a face beside a photo": round(1e3 * statistics.median(beside), 1)}
+
+
+SLIDING = """async milliseconds => {
+    const began = performance.now();
+    let count = 0, last = shown;
+    while (performance.now() - began < milliseconds) {
+        place(doc.z.with(3, Math.sin(performance.now() / 500)), {}, true);
+        await new Promise(requestAnimationFrame);
+        if (shown !== last) count++;
+        last = shown;
+    }
+    endDrag();
+    return 1000 * count / milliseconds; }"""
+DRAWN = """async vectors => {
+    const began = performance.now(), faces = [];
+    for (const z of vectors) faces.push(paintFace(node('canvas'), await source.face(z, doc.checkpoint), 0, model.image_size));
+    const seconds = (performance.now() - began) / 1000, size = model.image_size;
+    return { rate: vectors.length / seconds,
+             pixels: faces.map(face => [...face.getContext('2d').getImageData(0, 0, size, size).data]) }; }"""
+
+
+def page_figures(port: int, run: Path | str, exported: Path, rounds: int) -> dict:
+    """In Chromium: pictures a second while a slider moves; faces a second of an exported page, one after another, and by
+    how many of 255 steps they differ from the server's."""
+    from playwright.sync_api import sync_playwright
+    gan.command_export(gan.ExportSettings(file=str(exported), run=str(run)))
+    vectors = [[round(value, 2) for value in z.clamp(-3, 3).tolist()] for z in gan.draw_latents(20, seed=3)]
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_playwright() as playwright, playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"]) as browser:
+        drawn, slid = [], []
+        for address in (f"http://127.0.0.1:{port}/", exported.as_uri()):
+            page = browser.new_context(bypass_csp=True).new_page()
+            page.goto(address)
+            page.locator("#save:enabled").wait_for()
+            page.locator(".strip").nth(2).wait_for()
+            if not drawn:
+                slid = [page.evaluate(SLIDING, 4000) for _ in range(rounds)]
+            drawn.append([page.evaluate(DRAWN, vectors) for _ in range(rounds)])
+            page.close()
+    (ours, *_), theirs = drawn
+    difference = (torch.tensor(ours["pixels"]) - torch.tensor(theirs[0]["pixels"])).abs()
+    return {"pictures a second while a slider moves": spread(slid),
+            "faces a second of an exported page": spread([one["rate"] for one in theirs]),
+            "its difference from the server's, of 255": f"at most {difference.max()}, mean {difference.float().mean():.3f}"}
 
 
 def spread(values: list[float]) -> str:
@@ -462,8 +511,8 @@ def main() -> int:
             command.add_argument("--precision", default="auto")
             command.add_argument("--device", default="auto")
             command.add_argument("--epochs", type=int, default=10, help="of the whole training, 0 for none")
-        if name == "studio":
-            command.add_argument("--run", type=Path, required=True)
+        if name in ("serve", "studio"):
+            command.add_argument("--run", type=Path, required=name == "studio", help="a trained run")
         if name == "prepare":
             command.add_argument("--photos", type=int, default=400)
     commands.add_parser("plain-server").add_argument("port", type=int)

@@ -244,7 +244,7 @@ def test_without_the_dataset_neighbours_are_a_404(trained, tmp_path):
     ("/api/region", {"values": BASE, "mask": [*MASK[1:], 1.1]}, "mask"), ("/api/paint", {"values": BASE, "mask": MASK}, "target"),
     ("/api/paint", {"values": BASE, "mask": MASK, "target": "x"}, "target"), ("/api/invert", {"target": None}, "target"),
     ("/api/invert", {"target": "data:image/png;base64,AAAA"}, "target"), ("/api/invert", {"target": {"a": 1}}, "target"),
-    ("/api/invert", {"target": png_url(np.zeros((31, 32, 3)))}, "target"), ("/api/directions/name", {"index": 10, "name": ""}, "index"),
+    ("/api/invert", {"target": png_url(np.zeros((31, 32, 3)))}, "target"), ("/api/invert", {"target": png_url(np.zeros((32, 32, 3))), "values": [1]}, "values"), ("/api/directions/name", {"index": 10, "name": ""}, "index"),
     ("/api/directions/name", {"index": 0}, "name"), ("/api/directions/name", {"index": 0, "name": "x" * 41}, "name"),
     ("/api/directions/name", {"index": 0, "name": "a\nb"}, "name"), ("/api/film", {"vectors": [BASE]}, "vectors"),
     ("/api/film", {"vectors": [BASE] * 33}, "vectors"), ("/api/film", {"vectors": [BASE] * 2, "scale": 5}, "scale"),
