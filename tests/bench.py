@@ -375,6 +375,7 @@ def page_figures(port: int, run: Path | str, exported: Path, rounds: int) -> dic
             page.goto(address)
             page.locator("#save:enabled").wait_for()
             page.locator(".strip").nth(2).wait_for()
+            page.evaluate("() => Promise.all(Object.values(lanes).map(lane => lane.last))")  # strips are drawn
             if not drawn:
                 slid = [page.evaluate(SLIDING, 4000) for _ in range(rounds)]
             drawn.append([page.evaluate(DRAWN, vectors) for _ in range(rounds)])
