@@ -127,7 +127,7 @@ def test_flags_in_the_text_are_flags_of_gan_py():
     """Also those outside of the commands: a renamed flag must not live on in a sentence."""
     flags = {f"--{item.name.replace('_', '-')}" for declaration, _, _ in gan.COMMANDS.values()
              for item in gan.fields(declaration)}
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= flags | {"--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= flags | {"--help", "--nproc_per_node", "--max-restarts"}
 
 
 def test_what_it_says_when_something_is_wrong_is_what_gan_py_says():
