@@ -75,6 +75,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError, features
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 LATENT_SIZE = 128  # numbers in a latent vector z
@@ -1269,7 +1270,8 @@ class BatchNorm(nn.BatchNorm2d):
     momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and dist.is_available() and dist.is_initialized()):
+        alone = self.momentum is None  # update_bn: all ranks see the same
+        if alone or not (self.training and dist.is_available() and dist.is_initialized()):
             return super().forward(x)
         variance, mean = torch.var_mean(at_least_float32(x), (0, 2, 3), correction=0)
         values = torch.full_like(mean, x.numel() / x.shape[1])  # of a channel
@@ -2285,6 +2287,7 @@ def judge(settings: JudgeSettings) -> int:
 # ================================================================================================
 
 AVERAGE_HALF_LIFE = 0.05  # of the averaged generator, as a share of the images seen: it forgets the beginning of a run
+STATISTICS_FACES = 500  # of which the averaged generator's BatchNorm takes its statistics
 COLLAPSED = 3  # the exit code of --stop-on-collapse
 
 
@@ -2415,6 +2418,7 @@ class Pair:
         self.optimizers = {"generator": self.objective.optimizer(self.generator),
                            "discriminator": self.objective.optimizer(self.discriminator)}
         self.random = random_stream("latent vectors", settings.seed, device)
+        self.statistics_z = draw_latents(STATISTICS_FACES, settings.seed + 2).to(device)
         self.device = device
         self.progress = Progress()
         self.rows: list[Tensor] = []  # COLUMNS of each minibatch of the unfinished epoch
@@ -2546,7 +2550,12 @@ class Pair:
 
     def finish_epoch(self) -> dict:
         """Begin the next epoch. Returns what the log says of this one: means over its minibatches. Only `seconds`
-        depends on the clock."""
+        depends on the clock.
+
+        The averaged generator gets the BatchNorm statistics of its own activations: the mean of those that past weights
+        had is not theirs, and costs fine detail (arXiv 1803.05407)."""
+        with self.autocast():
+            update_bn(self.statistics_z.split(50), self.averaged)
         means = dict(zip(COLUMNS, torch.stack(self.rows).double().nanmean(0).tolist()))
         seconds, self.rows, progress = self.progress.seconds, [], self.progress
         progress.epoch, progress.minibatch, progress.seconds = progress.epoch + 1, 0, 0.0

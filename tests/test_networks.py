@@ -43,7 +43,7 @@ def test_channels_are_capped_at_eight_widths():
     assert gan.stage_channels(256, 16) == (4, [128, 128, 128, 64, 32, 16, 8])
 
 
-@pytest.mark.parametrize(("model", "norm"), [("DCGAN", torch.nn.BatchNorm2d), ("WGAN", torch.nn.BatchNorm2d),
+@pytest.mark.parametrize(("model", "norm"), [("DCGAN", gan.BatchNorm), ("WGAN", gan.BatchNorm),
                                              ("WGAN-GP", gan.InstanceNorm)])
 def test_weights_are_those_of_the_plain_networks(model, norm):
     """Same number of layers and weights as the plain reference, and the same results; no biases but the norms' and that

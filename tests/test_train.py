@@ -1,4 +1,5 @@
 """Training: the same as the plain reference, and a run that is broken off and gone on with is as one that was not."""
+import copy
 import json
 import os
 import signal
@@ -260,6 +261,23 @@ def test_averaged_generator_has_the_half_life_it_says(images_seen, half_lives):
     for name, value in pair.averaged.state_dict().items():
         expected = 1 if "num_batches" in name else 1 - 0.5 ** half_lives
         assert value.float().mean().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_averaged_generator_has_statistics_of_its_own(dataset):
+    """After an epoch its first BatchNorm knows the mean and variance that its own weights give, however far the
+    averages of those that past weights had are from them."""
+    pair = gan.Pair(settings("", "", precision="fp32"), 32, CPU)
+    pair.rows.append(torch.zeros(len(gan.COLUMNS)))
+    with torch.no_grad():
+        pair.averaged.layers[0].weight.mul_(3)
+        pair.averaged.layers[2].running_var.fill_(7)
+    before = copy.deepcopy(pair.averaged.layers[:2])
+    pair.finish_epoch()
+    with torch.no_grad():
+        seen = before(gan.draw_latents(20_000, 99)[:, :, None, None])
+    norm = pair.averaged.layers[2]
+    assert torch.allclose(norm.running_mean, seen.mean((0, 2, 3)), atol=0.1 * seen.std())
+    assert torch.allclose(norm.running_var, seen.var((0, 2, 3)), rtol=0.1)
 
 
 @pytest.mark.parametrize(("model", "enough", "share"), [
