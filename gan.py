@@ -1032,7 +1032,7 @@ class TrainingFaces:
     would take more than `memory` GiB, by default half of what is free: then their files are read again each epoch.
     `minibatches` is how many an epoch has, each of `batch_size` faces, of which this process gets its `part`; what does
     not fill one is left out, in each epoch others. `waited`: seconds that training waited for this epoch's faces."""
-    WINDOW_BYTES = 2 ** 28  # of faces that are shuffled together; two windows are in memory at most
+    WINDOW_BYTES = 2 ** 27  # of faces that are shuffled together; two windows are in memory at most
 
     def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device, memory: float | None = None,
                  part: Callable[[int], slice] = slice):
@@ -2159,9 +2159,10 @@ class Judge:
         real, self.faces = held_out[:self.count].to(device), faces[:2 * JUDGED_FACES]
         self.space = FeatureSpace(self.faces.to(device))
         self.real, self.training = self.space(real), self.space(self.faces.to(device))
-        self.sight = Sight(self.faces.to(device))
+        known = self.faces[:self.count].to(device)
+        self.sight = Sight(known)
         self.seen, self.power, self.similarity = self.sight(real), spectrum(real), similarity(real)
-        self.floor = frechet_distance(self.seen, self.sight(self.faces[:self.count].to(device)))
+        self.floor = frechet_distance(self.seen, self.sight(known))
         self.real_to_training = torch.cdist(self.real, self.training).min(1).values.median().item()
 
     @torch.no_grad()
@@ -3742,7 +3743,7 @@ def command_export(settings: ExportSettings) -> int:
     return 0
 
 
-DEMO_EPOCHS = 20  # of the demo, whose faces are small: some minutes on two cores with bf16
+DEMO_EPOCHS = 12  # of the demo, whose faces are small: two minutes on two cores with bf16
 
 
 def command_demo(settings: DemoSettings) -> int:

@@ -24,6 +24,7 @@ SMALL = {  # a command of gan.py that begins with this -> what it is given besid
     "eval": "--port 0",
     "demo": "--port 0"}
 NOT_RUN = {  # a command that begins with this -> why no test runs it
+    "curl": "wants a server that goes on; test_server.py and test_studio.py ask what it asks",
     "python3 -m venv": "whoever runs the tests has an environment",
     ".venv/bin/pip install": "installs over the network; .ci/run does it",
     ".venv/bin/python -m pytest": "is what is running now; .ci/run takes it from here",

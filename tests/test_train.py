@@ -59,7 +59,9 @@ def precision(request):
 @pytest.mark.parametrize("turn", ["discriminator", "generator"])
 def test_one_update_is_the_references(model, turn, precision, bound):
     """Loss, gradients and new weights of one update are the plain implementation's. In float32 the gradients' relative
-    difference is about 1e-6, but more where rounding takes an activation over a rectifier's kink."""
+    difference is about 1e-6, but up to 2e-3 where rounding takes an activation over a rectifier's kink. The first step of
+    Adam and RMSprop is as large for a gradient of next to nothing, whose sign is then chance: weights are compared where
+    the gradient is more than a hundredth of the layer's largest, as most are."""
     pair = gan.Pair(settings("", "", model=model, width=8, balance=1, precision="fp32"), 32, CPU)
     plain = reference.Reference(model, 32, 8)
     plain.copy_weights(pair.generator, pair.discriminator)
@@ -84,7 +86,9 @@ def test_one_update_is_the_references(model, turn, precision, bound):
     assert all(weight.grad is None for weight in other.parameters()), "computed gradients that nobody uses"
     for ours, theirs, before in zip(trained.parameters(), oracle.parameters(), start[turn], strict=True):
         assert (ours.grad - theirs.grad).norm() <= bound * theirs.grad.norm()
-        assert (ours - theirs).norm() <= 0.15 * (theirs - before).norm()  # Adam makes a whole step of a rounding error
+        certain = theirs.grad.abs() > 0.01 * theirs.grad.abs().max()
+        assert certain.float().mean() > 0.8
+        assert (ours - theirs)[certain].abs().max() <= bound * (theirs - before).abs().max()
 
 
 @pytest.mark.parametrize("model", MODELS)
