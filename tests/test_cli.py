@@ -47,7 +47,7 @@ def test_from_photos_to_a_face_in_the_browser(tmp_path):
         served = gan.Image.open(answer).convert("RGB")
     with gan.Image.open(tmp_path / "runs/wgan-gp/generated/face-00001.png") as drawn:
         difference = gan.np.abs(gan.np.asarray(served).astype(int) - gan.np.asarray(drawn).astype(int))
-    assert difference.max() <= 4  # one is drawn in float32, the other in bf16
+    assert difference.max() <= 1  # the same face, whichever others were drawn with it
     server.send_signal(signal.SIGINT)
     assert server.communicate(timeout=60)[1] == "" and server.returncode == 130
 
