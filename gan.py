@@ -2010,7 +2010,7 @@ class FeatureSpace:
     """Where faces are compared one by one: uint8 images (N, 3, S, S) -> features (N, 64).
 
     Three convolutions with fixed random filters, each rectified and averaged over 4×4 fields, and the image itself over
-    8×8; of these the 64 principal components of `faces`, scaled to variance 1 in them."""
+    8×8; of these the 64 principal components of `faces`, scaled to variance 1 in them; `known` are those of `faces`."""
 
     def __init__(self, faces: Tensor):
         self.filters = random_filters("features", (32, 5), (64, 5), (128, 3), device=faces.device)
@@ -2021,6 +2021,7 @@ class FeatureSpace:
         kept = slice(-min(FEATURES, len(faces) // 4), None)
         scaled = components[:, kept] * math.sqrt(len(faces) - 1) / variances[kept]
         self.basis = centred.T @ scaled.float() / (spread + 1e-6)[:, None]
+        self.known = self.features(responses)
 
     def responses(self, images: Tensor) -> Tensor:
         """What the filters see, (N, 3776)."""
@@ -2034,8 +2035,11 @@ class FeatureSpace:
             rows.append(torch.cat([field.flatten(1) for field in fields], 1))
         return torch.cat(rows)
 
+    def features(self, responses: Tensor) -> Tensor:
+        return ((responses - self.mean) @ self.basis).cpu()
+
     def __call__(self, images: Tensor) -> Tensor:
-        return ((self.responses(images) - self.mean) @ self.basis).cpu()
+        return self.features(self.responses(images))
 
 
 def blurred(x: Tensor) -> Tensor:
@@ -2052,7 +2056,8 @@ class Sight:
     assessment in the spatial domain, 2012), so that a faint grid on a smooth cheek is as plain as a missing eyelash.
     Two layers of fixed random filters upon that at full resolution, the third and second averaged over 4×4 fields, and
     the image itself over 8×8, count alike: each has variance 1 in `faces`. All of it is mixed at random into 256
-    numbers, which are not scaled by how much real faces differ in them: what no real face varies would be all."""
+    numbers, which are not scaled by how much real faces differ in them: what no real face varies would be all. `known`
+    are those of `faces`."""
     SIZE = 256
     FAINT = 0.03  # of detail, 4 grey levels: the strength below which it fades
 
@@ -2063,23 +2068,28 @@ class Sight:
         random = random_stream("sight", 1)
         self.mixing = torch.cat([torch.randn(part.shape[1], self.SIZE, generator=random).to(faces.device) / scale
                                  for part, scale in zip(parts, scales, strict=True)])
+        self.known = self.features(parts)
 
     def responses(self, images: Tensor) -> list[Tensor]:
         """What is averaged, unscaled: (N, 192), (N, 1024), (N, 2048)."""
         rows = []
-        for part in images.split(JUDGE_BATCH):
+        for part in images.split(20):  # what they see of more would not stay in the caches
             x = to_face(part)
             detail = x - blurred(x)
             strength = blurred(blurred(detail.square().mean(1, keepdim=True)))
             y, fields = detail / (strength + self.FAINT ** 2).sqrt(), [F.adaptive_avg_pool2d(x, 8).flatten(1)]
+            y = y.contiguous(memory_format=torch.channels_last)
             for filters, stride in zip(self.filters, (1, 2, 2), strict=True):
-                y = F.relu(F.conv2d(y, filters, None, stride, filters.shape[-1] // 2))
+                y = F.relu_(F.conv2d(y, filters, None, stride, filters.shape[-1] // 2))
                 fields.append(F.adaptive_avg_pool2d(y, 4).flatten(1))
             rows.append((fields[0], *fields[2:]))
         return [torch.cat(part) for part in zip(*rows, strict=True)]
 
+    def features(self, parts: list[Tensor]) -> Tensor:
+        return (torch.cat(parts, 1) @ self.mixing).cpu()
+
     def __call__(self, images: Tensor) -> Tensor:
-        return (torch.cat(self.responses(images), 1) @ self.mixing).cpu()
+        return self.features(self.responses(images))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -2158,11 +2168,10 @@ class Judge:
                             "needed, which prepare sets apart from 500 photos or what --limit leaves over")
         real, self.faces = held_out[:self.count].to(device), faces[:2 * JUDGED_FACES]
         self.space = FeatureSpace(self.faces.to(device))
-        self.real, self.training = self.space(real), self.space(self.faces.to(device))
-        known = self.faces[:self.count].to(device)
-        self.sight = Sight(known)
+        self.real, self.training = self.space(real), self.space.known
+        self.sight = Sight(self.faces[:self.count].to(device))
         self.seen, self.power, self.similarity = self.sight(real), spectrum(real), similarity(real)
-        self.floor = frechet_distance(self.seen, self.sight(known))
+        self.floor = frechet_distance(self.seen, self.sight.known)
         self.real_to_training = torch.cdist(self.real, self.training).min(1).values.median().item()
 
     @torch.no_grad()
