@@ -1093,16 +1093,21 @@ class TrainingFaces:
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Tensor]:
         """This process's part of the minibatches of an epoch from number `first` on: float faces (n, 3, S, S) in
-        [-1, 1]. A resumed epoch goes on in the order it began with."""
+        [-1, 1]. A resumed epoch goes on in the order it began with.
+
+        Every second face of a minibatch is mirrored; which ones these are is another matter of chance each epoch. So
+        faces count twice, and are learnt by heart later (tests/RESULTS.md)."""
         if self.images is not None:
             order = torch.cat([numbers for _, numbers in self.order(number)]).to(self.device)
             picks = order.split(self.batch_size)[first:self.minibatches]
             minibatches = (self.images[picked[self.part]] for picked in picks)
         else:
             minibatches = (images[self.part].to(self.device) for images in self.stream(number, first))
+        mirrored = slice((self.part.start or 0) % 2, None, 2)  # the same ones for any number of processes
         started, self.waited = time.monotonic(), 0.0
         for images in minibatches:
             real = to_face(images).contiguous(memory_format=torch.channels_last)
+            real[mirrored] = real[mirrored].flip(3)
             self.waited += time.monotonic() - started
             yield real
             started = time.monotonic()

@@ -447,6 +447,23 @@ def test_an_epoch_can_be_begun_at_any_minibatch(dataset):
     assert gan.TrainingFaces(dataset, 100, 0, CPU).batch_size == 64
 
 
+@pytest.mark.parametrize("memory", [None, 0], ids=["resident", "streamed"])
+def test_half_of_a_minibatch_is_mirrored_and_each_face_now_and_then(dataset, memory):
+    """As it lies on disk or mirrored, never otherwise; the same for one process as for three."""
+    faces = gan.TrainingFaces(dataset, 10, 0, CPU, memory)
+    known = {gan.to_face(images).numpy().tobytes(): number for number, images in enumerate(gan.load_faces(dataset)[0])}
+    mirrored = set()
+    for epoch in range(10):
+        for real in faces.epoch(epoch):
+            straight = [face.numpy().tobytes() in known for face in real.contiguous()]
+            assert sum(straight) == 5
+            mirrored |= {known[face.flip(2).contiguous().numpy().tobytes()] for face, as_is in zip(real, straight)
+                         if not as_is}
+    assert len(mirrored) == 64
+    parts = [gan.TrainingFaces(dataset, 10, 0, CPU, memory, gan.Ranks(number, 3).part) for number in range(3)]
+    assert same([torch.cat(shares) for shares in zip(*(part.epoch(2) for part in parts))], list(faces.epoch(2)))
+
+
 @pytest.fixture(scope="module")
 def many_files(tmp_path_factory) -> Path:
     """A dataset of 1,130 drawn faces in six files; read only."""
@@ -478,7 +495,9 @@ def test_one_window_shuffles_all_faces(many_files, monkeypatch):
     """Whatever does not exceed a window comes in the order in which seeds have always put it."""
     faces = gan.TrainingFaces(many_files, 10, 3, CPU, 0)
     order = torch.randperm(1130, generator=gan.random_stream("order of epoch 7", 3))
-    assert same(next(faces.epoch(7)), gan.to_face(gan.load_faces(many_files)[0][order[:10]]))
+    expected = gan.to_face(gan.load_faces(many_files)[0][order[:10]])
+    expected[::2] = expected[::2].flip(3)
+    assert same(next(faces.epoch(7)), expected)
     monkeypatch.setattr(gan.TrainingFaces, "WINDOW_BYTES", 0)
     (files, numbers), *others = gan.TrainingFaces(many_files, 10, 3, CPU, 0).order(7)
     assert len(files) == 1 and len(others) == 5 and len(set((numbers // 200).tolist())) == 1
