@@ -3,12 +3,14 @@
 For each of the three GANs a run is killed with SIGKILL again and again and started again with the same command: half of
 the times after a random time, half in the middle of a random write (a file's data, fsync or rename: checkpoints, sample
 grids, the log). At the end it must be bit-identical to a run that nothing disturbed. Of several ranks any is killed, or
-the first in the middle of a write: the others must end by themselves. POSIX only; some minutes."""
+the first in the middle of a write: the others must end by themselves. One that is killed before they have found one
+another is torchrun's to tell the others of, and there is no torchrun here: none is. POSIX only; some minutes."""
 import argparse
 import random
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -42,12 +44,20 @@ sys.exit(gan.main(sys.argv[1:]))
 """
 
 
+def is_held_by(run: Path, process: int) -> bool:
+    """Whether a process trains in a run's folder: it holds it once all ranks have found one another."""
+    lock = run / "train.lock"
+    return lock.exists() and lock.read_text() == str(process)
+
+
 def train(data: Path, run: Path, model: str, ranks: int, *, victim: int = 0, die_at_write: int | None = None,
           die_after: float | None = None) -> bool:
     """Train to epoch 40; returns whether a rank was killed."""
     code = [ROOT / "gan.py"] if die_at_write is None else ["-c", DYING, die_at_write]
     processes = start(ranks, *code, "train", "--data", data, "--run", run, "--model", model, "--width", 8, "--epochs", 40,
                       "--save-every", 1, "--keep-every", 10, "--device", "cpu", stdout=subprocess.DEVNULL)
+    while ranks > 1 and processes[0].poll() is None and not is_held_by(run, processes[0].pid):
+        time.sleep(0.05)
     try:
         processes[victim].wait(timeout=die_after)
     except subprocess.TimeoutExpired:
