@@ -889,12 +889,13 @@ def write_batches(photos: Photos) -> dict:
     apart = choose_held_out(photos.names, limit)
     held_out, strangers = photos.take("held-out", apart, max(len(apart), HELD_OUT_FACES))
     if sum(batch["count"] for batch in held_out) < LEAST_JUDGED:  # nothing could be told from so few
-        held_out, strangers = [], []
+        held_out, strangers, photos.made = [], [], 0
     seen = photos.skipped.keys() | strangers
-    batches, used = photos.take("faces", [name for name in photos.names if name not in seen], limit)
-    left = len(photos.names) - len(used) - len(strangers) - sum(name in photos.skipped for name in photos.names)
+    others = [name for name in photos.names if name not in seen]
+    batches, used = photos.take("faces", others, limit)
     files = {"used": len(used), "held_out": len(strangers), "left_by_per_person": len(photos.read) - len(photos.names),
-             "left_by_limit": left, "skipped": len(photos.skipped), "not_read": dict(photos.unread)}
+             "left_by_limit": sum(name not in photos.skipped for name in others) - len(used),
+             "skipped": len(photos.skipped), "not_read": dict(photos.unread)}
     return {"count": sum(batch["count"] for batch in batches), "source": str(photos.source or "drawn faces"),
             "photos_found": photos.found, "files": files, "batches": batches, "held_out": held_out,
             "skipped": [{"file": name, "reason": reason} for name, reason in sorted(photos.skipped.items())]}
@@ -920,7 +921,7 @@ def prepare(settings: PrepareSettings) -> dict:
     or the new one whole, whenever this process is killed. The same call then goes on from the last batch."""
     if settings.crop == "face":
         face_detector()  # or say at once that there is none
-    data = Path(settings.data)
+    data, started = Path(settings.data), time.monotonic()
     check_data_folder(data)
     photos = Photos(settings)
     with quiet_libraries() as photos.terminal:
@@ -946,6 +947,8 @@ def prepare(settings: PrepareSettings) -> dict:
     for path in data.glob("*-*-*"):
         if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
             path.unlink()
+    seconds = time.monotonic() - started
+    say(f"made {photos.made:,} faces in {seconds:.1f} s, {photos.made / seconds:,.0f} a second")
     return manifest
 
 
@@ -3684,19 +3687,17 @@ FATES = {"used": "used", "held_out": "held out", "left_by_per_person": "left by 
 
 def command_prepare(settings: PrepareSettings) -> int:
     """photos -> dataset"""
-    started = time.monotonic()
     if settings.demo + settings.download + (settings.dataset is not None) > 1:
         raise UserError("--dataset, --download and --demo exclude each other: choose one")
     manifest = prepare(settings)
-    skipped, files, seconds = manifest["skipped"], manifest["files"], time.monotonic() - started
+    skipped, files = manifest["skipped"], manifest["files"]
     for item in skipped[:10]:
         say(f"skipped {ascii(item['file'])[1:-1]}: {item['reason']}")
     if len(skipped) > 10:
         say(f"... and {len(skipped) - 10} more, all in {settings.data}/manifest.json")
     held_out = sum(batch["count"] for batch in manifest["held_out"])
-    speed = (manifest["count"] + held_out) / seconds
-    say(f"{manifest['count']:,} faces and {held_out:,} more held out for the judge, in {settings.data} ({seconds:.1f} "
-        f"s, {speed:,.0f} a second); look at {settings.data}/faces.png, then `gan.py train`")
+    say(f"{manifest['count']:,} faces and {held_out:,} more held out for the judge, in {settings.data}; look at "
+        f"{settings.data}/faces.png, then `gan.py train`")
     told = "".join(f", {files[key]:,} {words}" for key, words in FATES.items() if files[key])
     say(f"{manifest['photos_found']:,} photos found{told.replace(',', ':', 1)}{unread_text(files['not_read'])}")
     seen = manifest["crops_with_face"]
