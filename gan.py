@@ -368,19 +368,18 @@ def walk_folder(root: Path) -> Iterator[Entry]:
     troubles: list[OSError] = []
     for folder, subfolders, names in os.walk(root, onerror=troubles.append):
         subfolders.sort()
-        relative = os.path.relpath(folder, root).replace(os.sep, "/") + "/" if folder != str(root) else ""
-        ours = {"faces.png"} if "manifest.json" in names else set()
-        for path in (relative + name for name in sorted(names) if name not in ours):
-            if is_photo_name(path):
-                info = os.lstat(os.path.join(root, path))
-                yield checked(path, partial(read_part, root, path), info.st_mode, info.st_size, info.st_mtime_ns)
+        for path in (os.path.join(folder, name) for name in sorted(names)):
+            name = os.path.relpath(path, root).replace(os.sep, "/")
+            if is_photo_name(name) and not (os.path.basename(path) == "faces.png" and "manifest.json" in names):
+                info = os.lstat(path)
+                yield checked(name, partial(read_part, path), info.st_mode, info.st_size, info.st_mtime_ns)
     for error in troubles:
         yield Entry(os.path.relpath(error.filename, root), bytes, one_line(error))
 
 
-def read_part(folder: str | Path, name: str, start: int = 0, size: int = -1) -> bytes:
-    """`size` bytes of a file in a folder, all by default; OSError where it cannot be read."""
-    with open(os.path.join(folder, name), "rb") as file:
+def read_part(path: str | Path, start: int = 0, size: int = -1) -> bytes:
+    """`size` bytes of a file, all by default; OSError where it cannot be read."""
+    with open(path, "rb") as file:
         file.seek(start)
         return file.read(size)
 
@@ -403,9 +402,9 @@ def walk_tar(path: Path, scratch: Path) -> Iterator[Entry]:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # tarfile would remember each of a long archive
             if is_photo_name(member.name) and not member.isdir():
-                read = partial(read_part, path.parent, path.name, member.offset_data, member.size)
+                read = partial(read_part, path, member.offset_data, member.size)
                 if packed and member.isreg() and member.size <= MAX_FILE_BYTES:
-                    read = partial(read_part, scratch, "photos", copies.tell(), member.size)
+                    read = partial(read_part, scratch / "photos", copies.tell(), member.size)
                     archive.fileobj.seek(member.offset_data)
                     copies.write(archive.fileobj.read(member.size))
                 mode = stat.S_IFLNK if member.issym() or member.islnk() else stat.S_IFREG if member.isreg() else 0
@@ -762,19 +761,28 @@ def quiet_libraries() -> Iterator[TextIO]:
             os.dup2(terminal.fileno(), 2)
 
 
+def draw_photos(settings: PrepareSettings) -> Iterator[Entry]:
+    """Drawn faces in the place of photos: as many as are to be trained on, and a fifth of all to hold out."""
+    def drawn(index: int) -> bytes:
+        return png_bytes(Image.fromarray(draw_face_array(settings.seed, index, settings.size)))
+    for i in range((settings.limit or 2000) * 5 // 4):
+        yield Entry(f"drawn face {i}", partial(drawn, i))
+
+
 class Photos:
     """The photos of a source, or drawn faces in their place: which may be taken, and what becomes of each.
 
     `names` are in the order in which they are to be taken; `skipped` is name -> reason; `unread` counts the suffixes of
-    kinds that are not read here. `work` is a folder for batches and for notes of which are done, the same one for the
-    same settings and files."""
+    kinds that are not read here; `made` the faces that this process made. `work` is a folder for batches and for notes
+    of which are done, the same one for the same settings and files."""
 
     def __init__(self, settings: PrepareSettings):
-        self.settings, self.terminal = settings, sys.stderr
+        self.settings, self.terminal, self.made = settings, sys.stderr, 0
         self.source = None if settings.demo else find_source(settings)
         self.skipped: dict[str, str] = {}
         self.unread: Counter[str] = Counter()
         self.read: dict[str, Callable[[], bytes]] = {}
+        self.decoded: dict[str, tuple[list[tuple[Box, np.ndarray]], list[str]]] = {}
         scratch, digest = Path(settings.data, ".gan-prepare"), hashlib.sha256(repr(settings).encode())
         scratch.mkdir(parents=True, exist_ok=True)
         for name, read, problem, version in walk_source(self.source, scratch) if self.source else draw_photos(settings):
@@ -798,36 +806,37 @@ class Photos:
         self.work.mkdir(exist_ok=True)
 
     def decode(self, name: str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
-        """(Faces of a photo, why others are not used). Of a photo of a person that is one face, the largest."""
+        """(Faces of a photo, why others are not used). Of a photo of a person that is one face, the largest. The first
+        good photos are remembered: they are asked for again if too few are held out to judge by."""
+        if name in self.decoded:
+            return self.decoded.pop(name)
         try:
             crop = self.settings.crop if self.source else 1.0
             faces, refused = decode_faces(self.read[name](), self.settings.size, crop)
         except Exception as error:  # each kind of archive and compression raises its own kinds of error
             return [], [one_line(error)]
-        return faces[:1] if self.several and "/" in name else faces, refused
+        found = faces[:1] if self.several and "/" in name else faces, refused
+        if len(self.decoded) < LEAST_JUDGED:
+            self.decoded[name] = found
+        return found
 
-    def faces(self, names: list[str], first: int, bar: tqdm) -> Iterator[tuple[int, int, dict, np.ndarray]]:
-        """The faces of those photos from number `first` on, as (number of the photo, of the face in it, what is told of
-        the face, its pixels)."""
+    def faces(self, names: list[str], first: int, bar: tqdm) -> Iterator[tuple]:
+        """The faces of those photos from number `first` on, as (pixels, what is told of the face, photos skipped since
+        the one before, number of the photo, number of the face in it)."""
+        skipped: dict[str, str] = {}
         for place, (found, refused) in enumerate(on_all_cores(self.decode, names[first:]), first):
             if not found:
-                self.skipped[names[place]] = refused[0]
+                self.skipped[names[place]] = skipped[names[place]] = refused[0]
             for number, (box, pixels) in enumerate(found):
                 told = {"photo": names[place], "box": [round(edge, 1) for edge in box]}
-                yield place, number, told | ({"not_used": refused} if refused else {}), pixels
+                yield pixels, told | ({"not_used": refused} if refused else {}), skipped, place, number
+                skipped = {}
             bar.update()
 
-    def lots(self, names: list[str], place: int, faces: Iterator) -> Iterator[tuple[list[tuple], dict[str, str]]]:
-        """Those faces in lots of a batch, each with what was skipped on the way to it, from photo number `place` on."""
-        while lot := list(islice(faces, BATCH_FILE_FACES)):
-            since, place = place, lot[-1][0]
-            yield lot, {name: self.skipped[name] for name in names[since:place] if name in self.skipped}
-
-    def write(self, kind: str, item: tuple[int, tuple[list[tuple], dict[str, str]]]) -> dict:
-        """Write a numbered lot: the batch, named by its content; what is told of its faces; and a note that this is
-        done, which is returned."""
-        number, (lot, skipped) = item
-        places, numbers, told, pixels = zip(*lot)
+    def write(self, kind: str, item: tuple[int, list[tuple]]) -> dict:
+        """Write a numbered lot of faces: the batch, named by its content; what is told of its faces; and a note that
+        this is done, which is returned."""
+        number, (pixels, told, skipped, places, numbers) = item[0], zip(*item[1])
         images, buffer = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), io.BytesIO()
         torch.save(images, buffer)
         # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
@@ -839,8 +848,9 @@ class Photos:
         atomic_write(self.work / f"{stem}.json", json.dumps(told).encode())
         if self.settings.png and kind == "faces":
             write_pngs(Path(self.settings.png), images, number * BATCH_FILE_FACES)
-        note = {"batch": {"file": f"{stem}.pt.gz", "count": len(lot), "sha256": digest}, "skipped": skipped,
-                "place": places[-1], "number": numbers[-1]}
+        note = {"batch": {"file": f"{stem}.pt.gz", "count": len(images), "sha256": digest},
+                "skipped": dict(pair for some in skipped for pair in some.items()), "place": places[-1],
+                "number": numbers[-1]}
         atomic_write(self.work / f"{kind}-{number:05d}.note", json.dumps(note).encode())
         return note
 
@@ -850,7 +860,7 @@ class Photos:
         notes: list[dict] = []
         while (path := self.work / f"{kind}-{len(notes):05d}.note").exists():
             notes.append(json.loads(path.read_bytes()))
-            self.skipped |= notes[-1].pop("skipped")
+            self.skipped |= notes[-1]["skipped"]
         place, used = (notes[-1]["place"], notes[-1]["number"] + 1) if notes else (0, 0)
         taken = sum(note["batch"]["count"] for note in notes)
         if notes:
@@ -859,18 +869,11 @@ class Photos:
             with tqdm(desc=kind, unit="photo", total=min(most, len(names)), initial=place, file=self.terminal,
                       disable=not self.terminal.isatty()) as bar:
                 faces = islice(self.faces(names, place, bar), used, used + most - taken)
-                lots = enumerate(self.lots(names, place, faces), len(notes))
-                notes += on_all_cores(partial(self.write, kind), lots, ahead=1)
+                lots = iter(lambda: list(islice(faces, BATCH_FILE_FACES)), [])
+                notes += on_all_cores(partial(self.write, kind), enumerate(lots, len(notes)), ahead=1)
+        self.made += sum(note["batch"]["count"] for note in notes) - taken
         seen = names[:notes[-1]["place"] + 1] if notes else []
         return [note["batch"] for note in notes], [name for name in seen if name not in self.skipped]
-
-
-def draw_photos(settings: PrepareSettings) -> Iterator[Entry]:
-    """Drawn faces in the place of photos: as many as are to be trained on, and a fifth of all to hold out."""
-    def drawn(index: int) -> bytes:
-        return png_bytes(Image.fromarray(draw_face_array(settings.seed, index, settings.size)))
-    for i in range((settings.limit or 2000) * 5 // 4):
-        yield Entry(f"drawn face {i}", partial(drawn, i))
 
 
 def unread_text(kinds: dict[str, int]) -> str:
@@ -886,12 +889,13 @@ def write_batches(photos: Photos) -> dict:
     apart = choose_held_out(photos.names, limit)
     held_out, strangers = photos.take("held-out", apart, max(len(apart), HELD_OUT_FACES))
     if sum(batch["count"] for batch in held_out) < LEAST_JUDGED:  # nothing could be told from so few
-        held_out, strangers = [], []
+        held_out, strangers, photos.made = [], [], 0
     seen = photos.skipped.keys() | strangers
-    batches, used = photos.take("faces", [name for name in photos.names if name not in seen], limit)
-    left = len(photos.names) - len(used) - len(strangers) - sum(name in photos.skipped for name in photos.names)
+    others = [name for name in photos.names if name not in seen]
+    batches, used = photos.take("faces", others, limit)
     files = {"used": len(used), "held_out": len(strangers), "left_by_per_person": len(photos.read) - len(photos.names),
-             "left_by_limit": left, "skipped": len(photos.skipped), "not_read": dict(photos.unread)}
+             "left_by_limit": sum(name not in photos.skipped for name in others) - len(used),
+             "skipped": len(photos.skipped), "not_read": dict(photos.unread)}
     return {"count": sum(batch["count"] for batch in batches), "source": str(photos.source or "drawn faces"),
             "photos_found": photos.found, "files": files, "batches": batches, "held_out": held_out,
             "skipped": [{"file": name, "reason": reason} for name, reason in sorted(photos.skipped.items())]}
@@ -917,7 +921,7 @@ def prepare(settings: PrepareSettings) -> dict:
     or the new one whole, whenever this process is killed. The same call then goes on from the last batch."""
     if settings.crop == "face":
         face_detector()  # or say at once that there is none
-    data = Path(settings.data)
+    data, started = Path(settings.data), time.monotonic()
     check_data_folder(data)
     photos = Photos(settings)
     with quiet_libraries() as photos.terminal:
@@ -943,6 +947,8 @@ def prepare(settings: PrepareSettings) -> dict:
     for path in data.glob("*-*-*"):
         if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
             path.unlink()
+    seconds = time.monotonic() - started
+    say(f"made {photos.made:,} faces in {seconds:.1f} s, {photos.made / seconds:,.0f} a second")
     return manifest
 
 
@@ -992,15 +998,20 @@ def read_batch(data: Path, size: int, batch: dict) -> Tensor:
     return images
 
 
+def read_batches(data: Path, size: int, batches: list[dict]) -> Tensor:
+    """The uint8 faces (N, 3, size, size) of files of a dataset, one after the other, read on all cores."""
+    faces, start = torch.empty(sum(batch["count"] for batch in batches), 3, size, size, dtype=torch.uint8), 0
+    for images in on_all_cores(partial(read_batch, data, size), batches):
+        faces[start:start + len(images)] = images
+        start += len(images)
+    return faces
+
+
 def load_faces(data: Path, kind: str = "batches") -> tuple[Tensor, list[dict]]:
     """Read a dataset's faces to train on, or those of kind 'held_out': (uint8 faces (N, 3, S, S), list of batches).
     UserError names the file that is not whole."""
     size, batches = list_batches(data, kind)
-    faces, start = torch.empty(sum(batch["count"] for batch in batches), 3, size, size, dtype=torch.uint8), 0
-    for batch in batches:
-        faces[start:start + batch["count"]] = read_batch(data, size, batch)
-        start += batch["count"]
-    return faces, batches
+    return read_batches(data, size, batches), batches
 
 
 def free_memory(device: torch.device) -> int:
@@ -1028,68 +1039,62 @@ def one_ahead(function: Callable, items: Iterable) -> Iterator:
 class TrainingFaces:
     """The faces of a dataset: the number of an epoch -> its minibatches.
 
-    `images` are uint8 (N, 3, S, S) on the device, four times less memory and traffic than float faces; None where they
-    would take more than `memory` GiB, by default half of what is free: then their files are read again each epoch.
+    `images` are the uint8 faces of each file on the device, four times less memory and traffic than float faces; None
+    where they would take more than `memory` GiB, by default half of what is free: then files are read again each epoch.
     `minibatches` is how many an epoch has, each of `batch_size` faces, of which this process gets its `part`; what does
     not fill one is left out, in each epoch others. `waited`: seconds that training waited for this epoch's faces."""
-    WINDOW_BYTES = 2 ** 27  # of faces that are shuffled together; two windows are in memory at most
+    WINDOW_BYTES = 2 ** 27  # of faces that are shuffled together; two windows are in memory besides
 
     def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device, memory: float | None = None,
                  part: Callable[[int], slice] = slice):
         """UserError where the dataset is not whole."""
         self.size, self.files = list_batches(data)
         self.data, self.seed, self.device, self.waited = data, seed, device, 0.0
-        ends = list(accumulate(file["count"] for file in self.files))
-        self.count, self.places = ends[-1], [slice(*ends) for ends in pairwise([0, *ends])]
+        counts = [file["count"] for file in self.files]
+        self.count = sum(counts)
         self.batch_size = min(batch_size, self.count)
         self.minibatches, self.part = self.count // self.batch_size, part(self.batch_size)
         room = free_memory(device) / 2 if memory is None else memory * 2 ** 30
-        self.images = load_faces(data)[0].to(device) if self.count * 3 * self.size ** 2 <= room else None
+        resident = self.count * 3 * self.size ** 2 <= room
+        self.images = load_faces(data)[0].to(device).split(counts) if resident else None
+
+    def read(self, files: list[int]) -> Tensor:
+        """The uint8 faces of files with these numbers, one after the other."""
+        if self.images is not None:
+            return torch.cat([self.images[file] for file in files])
+        return read_batches(self.data, self.size, [self.files[file] for file in files])
 
     def first(self, count: int) -> Tensor:
         """The first faces of the dataset, uint8 on the CPU."""
-        if self.images is not None:
-            return self.images[:count].cpu()
-        files = [file for file, place in zip(self.files, self.places) if place.start < count]
-        return torch.cat([read_batch(self.data, self.size, file) for file in files])[:count]
+        ends = accumulate(file["count"] for file in self.files[:-1])
+        return self.read([0, *(file for file, end in enumerate(ends, 1) if end < count)])[:count].cpu()
 
     def order(self, epoch: int) -> list[tuple[list[int], Tensor]]:
-        """(numbers of its files, numbers of its faces in the order in which they come) of each window of an epoch. It
-        depends on the seed and the epoch alone, whether faces are in memory or not."""
+        """(numbers of its files, the order in which their faces come) of each window of an epoch. It depends on the
+        seed and the epoch alone."""
         random, files = random_stream(f"order of epoch {epoch}", self.seed), torch.arange(len(self.files))
         most = max(1, self.WINDOW_BYTES // (BATCH_FILE_FACES * 3 * self.size ** 2))
         if len(files) > most:
             files = torch.randperm(len(files), generator=random)
-        windows = []
-        for window in files.split(most):
-            numbers = torch.cat([torch.arange(self.places[file].start, self.places[file].stop) for file in window])
-            windows.append((window.tolist(), numbers[torch.randperm(len(numbers), generator=random)]))
-        return windows
-
-    def read_window(self, window: tuple[list[int], Tensor]) -> Tensor:
-        """The uint8 faces of a window in their order."""
-        files, numbers = window
-        where = torch.empty(self.count, dtype=torch.int64)
-        where[numbers] = torch.arange(len(numbers))
-        images = torch.empty(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
-        read = on_all_cores(lambda file: read_batch(self.data, self.size, self.files[file]), files)
-        for file, part in zip(files, read):
-            images[where[self.places[file]]] = part
-        return images
+        windows = [window.tolist() for window in files.split(most)]
+        counts = [sum(self.files[file]["count"] for file in window) for window in windows]
+        return [(window, torch.randperm(count, generator=random)) for window, count in zip(windows, counts)]
 
     def stream(self, epoch: int, first: int) -> Iterator[Tensor]:
-        """The uint8 minibatches of an epoch from number `first` on, read from their files."""
-        windows, skipped = deque(self.order(epoch)), first * self.batch_size
-        while windows and skipped >= len(windows[0][1]):
-            skipped -= len(windows.popleft()[1])
+        """The uint8 minibatches of an epoch from number `first` on. A window is read from disk while the one before is
+        used."""
+        windows, skipped = [], first * self.batch_size
+        for files, order in self.order(epoch):
+            windows += [(files, order[skipped:])] if skipped < len(order) else []
+            skipped = max(0, skipped - len(order))
         rest = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        for images in one_ahead(self.read_window, windows):
-            joined = torch.cat([rest, images[skipped:]])
-            del images  # makes room for the next window
+        read = map if self.images is not None else one_ahead  # a GPU that records its steps must not be used beside
+        for images in read(lambda window: self.read(window[0])[window[1]], windows):
+            joined = torch.cat([rest.to(images.device), images])
             *whole, rest = joined.tensor_split(tuple(range(self.batch_size, len(joined) + 1, self.batch_size)))
             yield from whole
-            skipped, rest = 0, rest.clone()
-            del joined, whole
+            rest = rest.clone()
+            del images, joined, whole  # makes room for the next window
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Tensor]:
         """This process's part of the minibatches of an epoch from number `first` on: float faces (n, 3, S, S) in
@@ -1097,16 +1102,10 @@ class TrainingFaces:
 
         Every second face of a minibatch is mirrored; which ones these are is another matter of chance each epoch. So
         faces count twice, and are learnt by heart later (tests/RESULTS.md)."""
-        if self.images is not None:
-            order = torch.cat([numbers for _, numbers in self.order(number)]).to(self.device)
-            picks = order.split(self.batch_size)[first:self.minibatches]
-            minibatches = (self.images[picked[self.part]] for picked in picks)
-        else:
-            minibatches = (images[self.part].to(self.device) for images in self.stream(number, first))
         mirrored = slice((self.part.start or 0) % 2, None, 2)  # the same ones for any number of processes
         started, self.waited = time.monotonic(), 0.0
-        for images in minibatches:
-            real = to_face(images).contiguous(memory_format=torch.channels_last)
+        for images in self.stream(number, first):
+            real = to_face(images[self.part].to(self.device)).contiguous(memory_format=torch.channels_last)
             real[mirrored] = real[mirrored].flip(3)
             self.waited += time.monotonic() - started
             yield real
@@ -1563,8 +1562,8 @@ class WGANGP(WGAN):
         return self.adam(network, betas=(0.0, 0.999))
 
     def boost(self, images_seen: int) -> float:
-        """From 0 at 10,000 images to 1 at 40,000, and down to 0.3 at 100,000: from the first on, the coarse shapes would
-        come later; for ever, they would vary less and be learnt by heart (tests/RESULTS.md)."""
+        """From 0 at 10,000 images to 1 at 40,000, and down to 0.3 at 100,000: from the first on, coarse shapes would come
+        later; for ever, they would vary less and be learnt by heart (tests/RESULTS.md)."""
         return float(np.interp(images_seen, (10_000, 40_000, 100_000), (0, 1, 0.3)))
 
     def penalty(self, discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
@@ -3696,19 +3695,17 @@ FATES = {"used": "used", "held_out": "held out", "left_by_per_person": "left by 
 
 def command_prepare(settings: PrepareSettings) -> int:
     """photos -> dataset"""
-    started = time.monotonic()
     if settings.demo + settings.download + (settings.dataset is not None) > 1:
         raise UserError("--dataset, --download and --demo exclude each other: choose one")
     manifest = prepare(settings)
-    skipped, files, seconds = manifest["skipped"], manifest["files"], time.monotonic() - started
+    skipped, files = manifest["skipped"], manifest["files"]
     for item in skipped[:10]:
         say(f"skipped {ascii(item['file'])[1:-1]}: {item['reason']}")
     if len(skipped) > 10:
         say(f"... and {len(skipped) - 10} more, all in {settings.data}/manifest.json")
     held_out = sum(batch["count"] for batch in manifest["held_out"])
-    speed = (manifest["count"] + held_out) / seconds
-    say(f"{manifest['count']:,} faces and {held_out:,} more held out for the judge, in {settings.data} ({seconds:.1f} "
-        f"s, {speed:,.0f} a second); look at {settings.data}/faces.png, then `gan.py train`")
+    say(f"{manifest['count']:,} faces and {held_out:,} more held out for the judge, in {settings.data}; look at "
+        f"{settings.data}/faces.png, then `gan.py train`")
     told = "".join(f", {files[key]:,} {words}" for key, words in FATES.items() if files[key])
     say(f"{manifest['photos_found']:,} photos found{told.replace(',', ':', 1)}{unread_text(files['not_read'])}")
     seen = manifest["crops_with_face"]

@@ -591,6 +591,15 @@ def test_no_more_photos_are_decoded_than_are_wanted(tmp_path, monkeypatch):
     assert 1005 <= len(decoded) <= 1005 + 8 * gan.usable_cores()
 
 
+@pytest.mark.parametrize("count", [60, 400])
+def test_no_photo_is_decoded_twice(tmp_path, monkeypatch, count):
+    """Nor where so few are held out that nothing could be judged by them, and they are trained on."""
+    decoded, real = Counter(), gan.decode_faces
+    monkeypatch.setattr(gan, "decode_faces", lambda *arguments: decoded.update([arguments[0]]) or real(*arguments))
+    manifest = prepared(pack(tmp_path / "photos", {f"{i}.png": photo(i) for i in range(count)}), tmp_path / "data")
+    assert manifest["files"]["used"] == count and len(decoded) == decoded.total() == count
+
+
 @pytest.mark.parametrize("absent", [None, types.SimpleNamespace(data=None)])
 def test_without_opencv_there_is_one_line(tmp_path, capsys, monkeypatch, absent):
     """Without it, or with OpenCV 5, which has no cascades: the pip command, and nothing is written."""
@@ -933,6 +942,8 @@ def test_a_killed_prepare_goes_on_where_it_was(tmp_path):
                           timeout=120, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(results) == 3 and done.stdout.count("going on after") >= 4
+    made, trained = map(int, re.findall(r"made (\d+) faces", done.stdout)), whole["count"]
+    assert list(made) == [trained, trained - 400, 0]  # by what went on, not by what was killed
     for manifest, _ in results:
         assert {**manifest, "settings": 0, "source": 0} == {**whole, "settings": 0, "source": 0}
     apart = len(gan.choose_held_out(sorted(files), 10**6))
