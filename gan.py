@@ -589,14 +589,14 @@ def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[
     return [(square, cut(image, square, size, scale)) for square in good], refused
 
 
-def on_all_cores(function: Callable, items: Iterable, ahead: int = 4) -> Iterator:
-    """Like map, on all cores; at most so many items a core are begun ahead, which bounds memory."""
-    cores = usable_cores()
-    waiting: deque[Future] = deque()
-    with ThreadPoolExecutor(cores) as pool:  # threads: Pillow and OpenCV work without holding the GIL
+def map_ahead(function: Callable, items: Iterable, threads: int = 0, ahead: int = 4) -> Iterator:
+    """Like map, on so many threads (0: one a core): Pillow, OpenCV and zlib work without holding the GIL. At most
+    `ahead` items a thread are begun before they are asked for, which bounds memory."""
+    waiting, threads = deque[Future](), threads or usable_cores()
+    with ThreadPoolExecutor(threads) as pool:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead * cores:
+            if len(waiting) > ahead * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -670,11 +670,6 @@ def draw_face(rng: np.random.Generator, size: int) -> Image.Image:
     x = np.linspace(-1, 1, size)
     glow = 1.05 - 0.13 * (x * x + x[:, None] ** 2) + 0.2 * light * x
     return Image.fromarray((np.asarray(image.reduce(3)) * glow[..., None]).clip(0, 255).astype(np.uint8))
-
-
-def draw_face_array(seed: int, index: int, size: int) -> np.ndarray:
-    """Drawn face number `index` as (size, size, 3) uint8."""
-    return np.asarray(draw_face(np.random.default_rng([seed, index]), size))
 
 
 def atomic_write(path: Path, data: bytes | memoryview) -> None:
@@ -764,7 +759,7 @@ def quiet_libraries() -> Iterator[TextIO]:
 def draw_photos(settings: PrepareSettings) -> Iterator[Entry]:
     """Drawn faces in the place of photos: as many as are to be trained on, and a fifth of all to hold out."""
     def drawn(index: int) -> bytes:
-        return png_bytes(Image.fromarray(draw_face_array(settings.seed, index, settings.size)))
+        return png_bytes(draw_face(np.random.default_rng([settings.seed, index]), settings.size))
     for i in range((settings.limit or 2000) * 5 // 4):
         yield Entry(f"drawn face {i}", partial(drawn, i))
 
@@ -785,20 +780,19 @@ class Photos:
         self.decoded: dict[str, tuple[list[tuple[Box, np.ndarray]], list[str]]] = {}
         scratch, digest = Path(settings.data, ".gan-prepare"), hashlib.sha256(repr(settings).encode())
         scratch.mkdir(parents=True, exist_ok=True)
-        for name, read, problem, version in walk_source(self.source, scratch) if self.source else draw_photos(settings):
+        found = walk_source(self.source, scratch) if self.source else draw_photos(settings)
+        entries = {entry.name: entry for entry in found}  # the last one of a name counts
+        for name, read, problem, version in entries.values():
             digest.update(repr((name, version)).encode())
-            self.skipped.pop(name, None)
-            self.read.pop(name, None)  # the last one of a name counts
             if problem:
                 self.skipped[name] = problem
             elif (suffix := os.path.splitext(name)[1].lower()) in readable_here()[1]:
                 self.unread[suffix] += 1
             else:
                 self.read[name] = read
-        good = list(self.read)
+        good, self.found = list(self.read), len(entries)
         self.several = len({name.rpartition("/")[0] for name in good}) > 1
         self.names = choose_photos(good, settings.per_person, settings.seed) if self.source else good
-        self.found = len(good) + len(self.skipped) + self.unread.total()
         self.work = scratch / digest.hexdigest()[:16]
         for other in scratch.iterdir():
             if other.is_dir() and other != self.work:
@@ -824,7 +818,7 @@ class Photos:
         """The faces of those photos from number `first` on, as (pixels, what is told of the face, photos skipped since
         the one before, number of the photo, number of the face in it)."""
         skipped: dict[str, str] = {}
-        for place, (found, refused) in enumerate(on_all_cores(self.decode, names[first:]), first):
+        for place, (found, refused) in enumerate(map_ahead(self.decode, names[first:]), first):
             if not found:
                 self.skipped[names[place]] = skipped[names[place]] = refused[0]
             for number, (box, pixels) in enumerate(found):
@@ -865,12 +859,11 @@ class Photos:
         taken = sum(note["batch"]["count"] for note in notes)
         if notes:
             say(f"{kind}: going on after {taken:,}")
-        if taken < most:
-            with tqdm(desc=kind, unit="photo", total=min(most, len(names)), initial=place, file=self.terminal,
-                      disable=not self.terminal.isatty()) as bar:
-                faces = islice(self.faces(names, place, bar), used, used + most - taken)
-                lots = iter(lambda: list(islice(faces, BATCH_FILE_FACES)), [])
-                notes += on_all_cores(partial(self.write, kind), enumerate(lots, len(notes)), ahead=1)
+        with tqdm(desc=kind, unit="photo", total=min(most, len(names)), initial=place, file=self.terminal,
+                  disable=not self.terminal.isatty()) as bar:
+            faces = islice(self.faces(names, place, bar), used, used + most - taken)
+            lots = iter(lambda: list(islice(faces, BATCH_FILE_FACES)), [])
+            notes += map_ahead(partial(self.write, kind), enumerate(lots, len(notes)), ahead=1)
         self.made += sum(note["batch"]["count"] for note in notes) - taken
         seen = names[:notes[-1]["place"] + 1] if notes else []
         return [note["batch"] for note in notes], [name for name in seen if name not in self.skipped]
@@ -907,7 +900,7 @@ def crops_with_face(images: Tensor) -> float | None:
         enlarged = Image.fromarray(image).resize((160, 160))
         return any(right - left >= 80 for left, _, right, _ in find_faces(enlarged))
     try:
-        return sum(on_all_cores(filled, images.permute(0, 2, 3, 1).numpy())) / len(images)
+        return sum(map_ahead(filled, images.permute(0, 2, 3, 1).numpy())) / len(images)
     except UserError:
         return None
 
@@ -928,16 +921,15 @@ def prepare(settings: PrepareSettings) -> dict:
         facts = write_batches(photos)
     if not facts["batches"]:
         remove_orphans(data)
-        first = "".join(f": {item['file']!a} {item['reason']}, for one" for item in facts["skipped"][:1])
+        example = "".join(f": {item['file']!a} {item['reason']}, for one" for item in facts["skipped"][:1])
         raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders "
-                        f"and skipped {len(facts['skipped'])}{first}{unread_text(facts['files']['not_read'])}")
+                        f"and skipped {len(facts['skipped'])}{example}{unread_text(facts['files']['not_read'])}")
     batches = [batch["file"] for batch in facts["batches"] + facts["held_out"]]
     fresh = batches + [name.replace(".pt.gz", ".json") for name in batches]
     for name in fresh:
         with suppress(FileNotFoundError):  # a killed process has put it in place
             os.replace(photos.work / name, data / name)
-    packed = (data / batches[0]).read_bytes()
-    first = torch.load(io.BytesIO(gzip.decompress(packed)), weights_only=True)[:100]
+    first = read_batch(data, settings.size, facts["batches"][0])[:100]
     told = photos.source and settings.crop != "face" and len(first) >= 20  # fewer would say nothing
     manifest = {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size,
                 "crops_with_face": crops_with_face(first[:50]) if told else None, **facts, "settings": asdict(settings)}
@@ -1001,7 +993,7 @@ def read_batch(data: Path, size: int, batch: dict) -> Tensor:
 def read_batches(data: Path, size: int, batches: list[dict]) -> Tensor:
     """The uint8 faces (N, 3, size, size) of files of a dataset, one after the other, read on all cores."""
     faces, start = torch.empty(sum(batch["count"] for batch in batches), 3, size, size, dtype=torch.uint8), 0
-    for images in on_all_cores(partial(read_batch, data, size), batches):
+    for images in map_ahead(partial(read_batch, data, size), batches):
         faces[start:start + len(images)] = images
         start += len(images)
     return faces
@@ -1024,16 +1016,6 @@ def free_memory(device: torch.device) -> int:
         free = 1024 * int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0])
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container; "max" where it has none
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun tells
-
-
-def one_ahead(function: Callable, items: Iterable) -> Iterator:
-    """Like map, with a thread that is at work on the next item while one is used."""
-    items, results = iter(items), deque[Future]()
-    with ThreadPoolExecutor(1) as thread:
-        results.extend(thread.submit(function, item) for item in islice(items, 1))
-        while results:
-            results.extend(thread.submit(function, item) for item in islice(items, 1))
-            yield results.popleft().result()
 
 
 class TrainingFaces:
@@ -1088,7 +1070,8 @@ class TrainingFaces:
             windows += [(files, order[skipped:])] if skipped < len(order) else []
             skipped = max(0, skipped - len(order))
         rest = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        read = map if self.images is not None else one_ahead  # a GPU that records its steps must not be used beside
+        # A GPU that records its steps must not be used by another thread.
+        read = map if self.images is not None else partial(map_ahead, threads=1, ahead=1)
         for images in read(lambda window: self.read(window[0])[window[1]], windows):
             joined = torch.cat([rest.to(images.device), images])
             *whole, rest = joined.tensor_split(tuple(range(self.batch_size, len(joined) + 1, self.batch_size)))
@@ -1562,8 +1545,8 @@ class WGANGP(WGAN):
         return self.adam(network, betas=(0.0, 0.999))
 
     def boost(self, images_seen: int) -> float:
-        """From 0 at 10,000 images to 1 at 40,000, and down to 0.3 at 100,000: from the first on, coarse shapes would come
-        later; for ever, they would vary less and be learnt by heart (tests/RESULTS.md)."""
+        """From 0 at 10,000 images to 1 at 40,000, and down to 0.3 at 100,000: from the first on, coarse shapes would
+        come later; for ever, they would vary less and be learnt by heart (tests/RESULTS.md)."""
         return float(np.interp(images_seen, (10_000, 40_000, 100_000), (0, 1, 0.3)))
 
     def penalty(self, discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:

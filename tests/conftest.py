@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,6 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell's & ignores Ctrl-C; what tests start inherits that
 
 import gan  # noqa: E402
+
+
+def drawn_face(seed: int, index: int, size: int) -> np.ndarray:
+    """Drawn face number `index` as (size, size, 3) uint8."""
+    return np.asarray(gan.draw_face(np.random.default_rng([seed, index]), size))
 
 
 def run_gan(*arguments, cwd, timeout=120, **options) -> subprocess.CompletedProcess:

@@ -10,7 +10,7 @@ from pathlib import Path
 import perceptual
 import pytest
 import torch
-from conftest import run_gan
+from conftest import drawn_face, run_gan
 from skimage.metrics import structural_similarity
 from torch.nn import functional
 
@@ -26,7 +26,7 @@ def faces() -> tuple[torch.Tensor, torch.Tensor]:
         data = Path(os.environ["GAN_TEST_DATA"])
         return gan.load_faces(data)[0], gan.load_faces(data, "held_out")[0][:1000]
     with gan.ThreadPoolExecutor() as pool:
-        drawn = list(pool.map(lambda i: torch.tensor(gan.draw_face_array(5, i, 48)), range(800)))
+        drawn = list(pool.map(lambda i: torch.tensor(drawn_face(5, i, 48)), range(800)))
     return torch.stack(drawn).permute(0, 3, 1, 2).contiguous().split(400)
 
 

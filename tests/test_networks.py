@@ -4,6 +4,7 @@ import math
 import pytest
 import reference
 import torch
+from conftest import drawn_face
 
 import gan
 
@@ -141,7 +142,7 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 def test_the_first_penalties_are_moderate():
     """A critic that begins with huge gradients hardly learns for a thousand updates: DCGAN's N(0, 0.02) gave 645."""
-    faces = torch.from_numpy(gan.np.stack([gan.draw_face_array(0, i, 80) for i in range(20)])).permute(0, 3, 1, 2)
+    faces = torch.from_numpy(gan.np.stack([drawn_face(0, i, 80) for i in range(20)])).permute(0, 3, 1, 2)
     pair = gan.Pair(gan.TrainSettings(width=16, balance=1000), 80, torch.device("cpu"))
     penalty = dict(zip(gan.COLUMNS, pair.train_on(gan.to_face(faces)), strict=True))["gradient_penalty"]
     assert penalty < 60

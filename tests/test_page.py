@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
+from conftest import drawn_face
 from PIL import Image
 from soak import PATIENCE
 from test_server import BASE, CPU, FILES, oracle, same, serving, vivid_copy
@@ -476,7 +477,7 @@ def test_directions_and_their_names(page, server, run):
 
 def photo_file() -> dict:
     """A photo of one drawn face for a file input."""
-    image = Image.fromarray(gan.draw_face_array(3, 7, 128)).resize((300, 300))
+    image = Image.fromarray(drawn_face(3, 7, 128)).resize((300, 300))
     body = io.BytesIO()
     image.save(body, "JPEG")
     return {"name": "me.jpg", "mimeType": "image/jpeg", "buffer": body.getvalue()}

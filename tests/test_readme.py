@@ -10,7 +10,7 @@ from threading import Thread
 from urllib.request import urlopen
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, drawn_face
 
 import gan
 
@@ -81,7 +81,7 @@ def ask_once(server: gan.Server) -> None:
 def someones_folder(tmp_path, monkeypatch):
     """A folder with photos.zip, two photos each of 250 people; the demo is small there, and a server is asked once."""
     monkeypatch.chdir(tmp_path)
-    drawn = [gan.draw_face_array(1, index, 40) for index in range(25)]
+    drawn = [drawn_face(1, index, 40) for index in range(25)]
     with zipfile.ZipFile("photos.zip", "w") as archive:
         for index in range(500):
             photo = gan.np.uint8(drawn[index % 25] * (1 - index // 25 / 50))  # by a light of its own
