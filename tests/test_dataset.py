@@ -894,7 +894,8 @@ def test_sigkill_before_every_file_operation(tmp_path, earlier):
     earlier.rename(tmp_path / "earlier")
     done = subprocess.run([sys.executable, "-c", KILLER, str(ROOT)], cwd=tmp_path, capture_output=True, text=True,
                           timeout=120, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    counts = json.loads(done.stdout.splitlines()[-1])  # faces in the dataset after a kill before the first, second ... operation
+    # Faces in the dataset after a kill before the first, second ... operation
+    counts = json.loads(done.stdout.splitlines()[-1])
     assert len(counts) >= 10 and counts == sorted(counts, reverse=True) and set(counts) == {64, 3}
     assert len(gan.load_faces(earlier)[0]) == 64 and not only_ours(earlier)  # killed just before the new one stood
     prepared(pack(tmp_path / "photos", PEOPLE), earlier)
