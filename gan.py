@@ -25,7 +25,7 @@ The file is laid out in the order in which a face travels through it; each room 
     Server: a pure function from request to response, and HTTP around it
     Command line: one function a command
 
-Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 20 to 35 s on two CPU cores (AMD EPYC with bf16, torch
+Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 20 to 40 s on two CPU cores (AMD EPYC with bf16, torch
 2.13); faces are recognisable after 5 epochs. The README has the pictures.
 """
 from __future__ import annotations
@@ -859,11 +859,12 @@ class Photos:
         taken = sum(note["batch"]["count"] for note in notes)
         if notes:
             say(f"{kind}: going on after {taken:,}")
-        with tqdm(desc=kind, unit="photo", total=min(most, len(names)), initial=place, file=self.terminal,
-                  disable=not self.terminal.isatty()) as bar:
-            faces = islice(self.faces(names, place, bar), used, used + most - taken)
-            lots = iter(lambda: list(islice(faces, BATCH_FILE_FACES)), [])
-            notes += map_ahead(partial(self.write, kind), enumerate(lots, len(notes)), ahead=1)
+        if taken < most:
+            with tqdm(desc=kind, unit="photo", total=min(most, len(names)), initial=place, file=self.terminal,
+                      disable=not self.terminal.isatty()) as bar:
+                faces = islice(self.faces(names, place, bar), used, used + most - taken)
+                lots = iter(lambda: list(islice(faces, BATCH_FILE_FACES)), [])
+                notes += map_ahead(partial(self.write, kind), enumerate(lots, len(notes)), ahead=1)
         self.made += sum(note["batch"]["count"] for note in notes) - taken
         seen = names[:notes[-1]["place"] + 1] if notes else []
         return [note["batch"] for note in notes], [name for name in seen if name not in self.skipped]
@@ -1071,13 +1072,14 @@ class TrainingFaces:
             skipped = max(0, skipped - len(order))
         rest = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         # A GPU that records its steps must not be used by another thread.
-        read = map if self.images is not None else partial(map_ahead, threads=1, ahead=1)
-        for images in read(lambda window: self.read(window[0])[window[1]], windows):
+        each = map if self.images is not None else partial(map_ahead, threads=1, ahead=1)
+        for images in each(lambda window: self.read(window[0])[window[1]], windows):
             joined = torch.cat([rest.to(images.device), images])
+            del images  # makes room for the next window
             *whole, rest = joined.tensor_split(tuple(range(self.batch_size, len(joined) + 1, self.batch_size)))
             yield from whole
             rest = rest.clone()
-            del images, joined, whole  # makes room for the next window
+            del joined, whole
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Tensor]:
         """This process's part of the minibatches of an epoch from number `first` on: float faces (n, 3, S, S) in

@@ -600,6 +600,17 @@ def test_no_photo_is_decoded_twice(tmp_path, monkeypatch, count):
     assert manifest["files"]["used"] == count and len(decoded) == decoded.total() == count
 
 
+def test_what_is_done_is_not_looked_at_again(tmp_path, monkeypatch):
+    """After a kill between two kinds of faces the first is taken from its notes, without a photo decoded."""
+    settings = gan.PrepareSettings(dataset=str(pack(tmp_path / "photos", {f"{i}.png": photo(i) for i in range(30)})),
+                                   data=str(tmp_path / "data"), size=32)
+    before = gan.Photos(settings)
+    done = before.take("faces", before.names, 20)
+    monkeypatch.setattr(gan, "decode_faces", None)
+    again = gan.Photos(settings)
+    assert again.take("faces", again.names, 20) == done and len(done[1]) == 20 and not again.skipped
+
+
 @pytest.mark.parametrize("absent", [None, types.SimpleNamespace(data=None)])
 def test_without_opencv_there_is_one_line(tmp_path, capsys, monkeypatch, absent):
     """Without it, or with OpenCV 5, which has no cascades: the pip command, and nothing is written."""
