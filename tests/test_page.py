@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import math
 import os
 import queue
 import shutil
@@ -382,7 +383,8 @@ def post(server, path, **body) -> dict:
 
 
 def moved(vector, amount) -> list[float]:
-    return [round(float(np.clip(v + amount * d, -3, 3)), 2) for v, d in zip(BASE, vector)]
+    """To hundredths, halves upwards, as JavaScript rounds; Python's round would make 1.62 of 1.625."""
+    return [math.floor(float(np.clip(v + amount * d, -3, 3)) * 100 + 0.5) / 100 for v, d in zip(BASE, vector)]
 
 
 def push_to_the_end(page, panel, i) -> float:
