@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest has a worker on each core
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell's & ignores Ctrl-C; what tests start inherits that
 
 import gan  # noqa: E402

@@ -185,16 +185,21 @@ def test_more_processes_than_devices_are_refused(monkeypatch, device, words):
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(dataset, tmp_path):
-    """A rank is killed: the other ends, both begin again by themselves, and each epoch stands in the log once."""
+    """A rank is killed once there is a checkpoint: the other ends, both begin again by themselves, and each epoch stands
+    in the log once."""
     (tmp_path / "dying.py").write_text(
-        "import os, signal, sys, gan\n"
+        "import os, signal, sys, time, gan\n"
         "real = gan.Pair.train_on\n"
         "def train_on(pair, faces):\n"
         "    if pair.progress.images_seen == 96 and os.environ['TORCHELASTIC_RESTART_COUNT'] + os.environ['RANK'] == '01':\n"
+        "        while not os.path.exists('run/last.pt'):\n"
+        "            time.sleep(0.01)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(pair, faces)\n"
         "gan.Pair.train_on = train_on\n"
-        "sys.exit(gan.main(sys.argv[1:]))\n")
+        "code = gan.main(sys.argv[1:])\n"
+        "sys.stdout.flush()\n"
+        "os._exit(code)\n")  # as gan.py ends: Python's own end may abort inside torch
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            "--max-restarts", "1", "--", "dying.py", "train", *command(dataset, tmp_path / "run")], cwd=tmp_path,
                           env=together.os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200)
