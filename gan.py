@@ -31,7 +31,6 @@ Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 20 to 40 s on t
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
 import copy
 import gzip
@@ -57,7 +56,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
@@ -65,6 +64,7 @@ from http.client import HTTPException, HTTPMessage, parse_headers
 from ipaddress import ip_address
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any, NamedTuple, TextIO, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
@@ -3049,7 +3049,6 @@ def name_direction(run: Path, vector: Tensor, name: str) -> None:
 
 MAX_REQUEST_LINE = 16_384  # bytes; a vector takes about 2,000
 MAX_HEADER_BYTES = 32_768
-MAX_HEAD_BYTES = MAX_REQUEST_LINE + MAX_HEADER_BYTES + 4
 MAX_BODY_BYTES = 1_000_000  # of JSON
 MAX_PHOTO_BYTES = 20_000_000
 MAX_PHOTO_SIDE = 3000  # pixels; a larger photo is reduced
@@ -3277,7 +3276,7 @@ class Site:
     """What the server offers of one run: the page, its checkpoints and what they draw. Knows no sockets."""
 
     def __init__(self, run: Path, default: str | None, device: torch.device):
-        self.run, self.renderer = run, Renderer()
+        self.run, self.renderer, self.heavy = run, Renderer(), ThreadPoolExecutor(1)
         self.default_path = find_checkpoint(run, default)
         self.lock = threading.Lock()
         self.stamps: dict[Path, int] = {}
@@ -3303,7 +3302,7 @@ class Site:
             return self.read(path, self.stamps[path])
 
     def respond(self, method: str, target: str, body: bytes = b"") -> Response:
-        """Answer a request: method and request target as they stand in the request line. Never raises BadRequest."""
+        """Answer a request: method and request target as they stand in the request line. Never raises."""
         try:
             path, asked = read_target(target)
             found = ROUTES.get(path)
@@ -3314,9 +3313,13 @@ class Site:
                 raise BadRequest(404, "no such page: the README lists those that there are")
             if method == "POST":
                 asked |= {"photo": body} if "photo" in found.fields else read_json(body)
-            return self.answer(found, asked)
+            return self.heavy.submit(self.answer, found, asked).result() if found.heavy else self.answer(found, asked)
         except BadRequest as error:
             return error.response
+        except Exception as error:  # a fault of ours: no details to the client, one line for the operator
+            problem = f"{type(error).__name__}: {one_line(error)}"
+            print(f"gan.py: {method} {target[:80]!a} failed: {problem}", file=sys.stderr)
+            return BadRequest(500, "the server failed at this; its terminal says why").response
 
     def answer(self, found: Route, asked: dict) -> Response:
         """Read a route's fields and the checkpoint, and have it answered."""
@@ -3494,16 +3497,8 @@ class Request:
     keep: bool  # whether the client wants to keep the connection
 
 
-async def read_head(reader: asyncio.StreamReader) -> Request | None:
-    """The head of a connection's next request; None at its end. BadRequest where it is too large or no HTTP/1."""
-    try:
-        head = await reader.readuntil(b"\r\n\r\n")
-    except asyncio.IncompleteReadError as error:
-        head = error.partial
-    except asyncio.LimitOverrunError:
-        head = await reader.read(MAX_HEAD_BYTES)
-    if not head:
-        return None
+def read_head(head: bytes) -> Request:
+    """The head of a request; BadRequest where it is too large or no HTTP/1."""
     line, _, fields = head.partition(b"\r\n")
     if len(line) > MAX_REQUEST_LINE:
         raise BadRequest(414, "the request line is too long")
@@ -3516,7 +3511,7 @@ async def read_head(reader: asyncio.StreamReader) -> Request | None:
     match = re.fullmatch(r"(\S+) (\S+) HTTP/1\.([01])", line.decode("latin-1"))
     length, *more = headers.get_all("Content-Length", ["0"])
     if (not match or not head.endswith(b"\r\n\r\n") or more or headers.defects or "Transfer-Encoding" in headers
-            or not (length.isascii() and length.isdecimal())):
+            or len(headers.get_all("Host", [])) != 1 or not (length.isascii() and length.isdecimal())):
         raise BadRequest(400, "the request cannot be read")
     most = MAX_PHOTO_BYTES if match[2].startswith("/api/photo") else MAX_BODY_BYTES
     if len(length) > 9 or int(length) > most:
@@ -3525,16 +3520,81 @@ async def read_head(reader: asyncio.StreamReader) -> Request | None:
     return Request(match[1], match[2], headers, int(length), keep)
 
 
-class Server:
-    """HTTP/1.1 for a Site: one task a connection, so many of them, each for so long. Faces are drawn in threads, and
-    what is heavy in one thread of its own, one after another, so that it keeps no slider waiting."""
+class Connection(StreamRequestHandler):
+    """HTTP/1.1 with one client, in a thread of its own: one request after another."""
+    server: Server
+    disable_nagle_algorithm = True
+
+    def handle(self) -> None:
+        self.received = bytearray()
+        if not self.server.places.acquire(blocking=False):
+            return self.send(BadRequest(503, "busy", ("Retry-After", "1")).response, keep=False)
+        try:
+            while self.exchange():
+                pass
+        finally:
+            self.server.places.release()
+
+    def exchange(self) -> bool:
+        """Answer one request. Returns whether the connection goes on."""
+        self.receive(lambda: b"\r\n\r\n" in self.received or len(self.received) > MAX_REQUEST_LINE + MAX_HEADER_BYTES)
+        if not self.received:
+            return False
+        head, end, self.received = self.received.partition(b"\r\n\r\n")
+        try:
+            request = read_head(bytes(head + end))
+            self.server.check_names(request.headers)
+        except BadRequest as error:
+            self.send(error.response, keep=False)
+            self.connection.shutdown(socket.SHUT_WR)
+            self.receive(self.received.clear)  # to the end: a client that still sends would not see the answer
+            return False
+        with self.server.large if request.length > MAX_BODY_BYTES else nullcontext():
+            if request.headers.get("Expect", "").lower() == "100-continue":
+                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.receive(lambda: len(self.received) >= request.length)
+            if len(self.received) < request.length:
+                return False
+            body, self.received = bytes(self.received[:request.length]), self.received[request.length:]
+            response = self.server.site.respond(request.method, request.target, body)
+        self.send(response, request.keep, request.method == "HEAD")
+        return request.keep
+
+    def receive(self, enough: Callable) -> None:
+        """Add to `received` until that is enough or the client sends no more. TimeoutError after REQUEST_SECONDS."""
+        deadline = time.monotonic() + REQUEST_SECONDS
+        while not enough():
+            self.connection.settimeout(max(deadline - time.monotonic(), 0.001))  # 0 would mean not to wait
+            part = self.connection.recv(65536)
+            if not part:
+                return
+            self.received += part
+
+    def send(self, response: Response, keep: bool, head: bool = False) -> None:
+        """Send a response, only its header where `head`. TimeoutError after REQUEST_SECONDS."""
+        headers = {"Content-Type": response.kind, "Content-Length": str(len(response.body)),
+                   "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                   "Content-Security-Policy": "default-src 'none'",
+                   **({} if keep else {"Connection": "close"}), **dict(response.headers)}
+        lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
+                 *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        self.connection.settimeout(REQUEST_SECONDS)
+        self.connection.sendall("\r\n".join(lines).encode() + (b"" if head else response.body))
+
+
+class Server(ThreadingTCPServer):
+    """A Site's HTTP server. OSError or OverflowError where it cannot listen."""
+    daemon_threads = True
+    request_queue_size = 128
+    allow_reuse_address = os.name == "posix"  # Windows would let two servers share a port
 
     def __init__(self, site: Site, host: str, port: int):
-        self.site, self.host, self.connections = site, host, 0
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.socket = socket.create_server((host, port), family=family, backlog=128)
-        self.port = self.socket.getsockname()[1]
-        self.light, self.heavy = ThreadPoolExecutor(64), ThreadPoolExecutor(1)
+        self.site, self.host = site, host
+        self.places = threading.Semaphore(MAX_CONNECTIONS)
+        self.large = threading.Semaphore(2)  # photos in memory at once
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Connection)
+        self.port = self.server_address[1]
 
     @property
     def url(self) -> str:
@@ -3552,103 +3612,18 @@ class Server:
             return bool(ip_address(match[1]))
         return match[1] in ("localhost", socket.gethostname().lower())
 
-    def serve_forever(self) -> None:
-        """Serve until Ctrl-C or shutdown()."""
-        asyncio.run(self.run())
+    def check_names(self, headers: HTTPMessage) -> None:
+        """BadRequest unless a request comes from a page of ours or from no page."""
+        if not self.is_own_name(headers["Host"]):
+            raise BadRequest(403, "this server answers to its own name alone (Host header)")
+        if not self.is_own_name(headers.get("Origin", headers["Host"]).removeprefix("http://")):
+            raise BadRequest(403, "this server answers to its own page alone (Origin header)")
 
-    async def run(self) -> None:
-        self.loop, self.over = asyncio.get_running_loop(), asyncio.Event()
-        self.loop.set_exception_handler(tell_fault)
-        self.large = asyncio.Semaphore(2)  # photos in memory at once
-        server = await asyncio.start_server(self.connection, sock=self.socket, limit=MAX_HEAD_BYTES)
-        try:
-            await self.over.wait()
-        finally:
-            self.over.set()
-            server.close()  # a connection accepted at the very end would leave a warning
-
-    def shutdown(self) -> None:
-        """Let serve_forever return; from another thread."""
-        self.loop.call_soon_threadsafe(self.over.set)
-
-    def close(self) -> None:
-        self.socket.close()
-        for pool in (self.light, self.heavy):
-            pool.shutdown(wait=False)
-
-    async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer the requests of a connection one after another."""
-        self.connections += 1
-        writer.transport.set_write_buffer_limits(0)  # so that drain waits until all is sent
-        try:
-            if self.connections > MAX_CONNECTIONS:
-                await send(writer, BadRequest(503, "busy", ("Retry-After", "1")).response, keep=False)
-            else:
-                while await self.exchange(reader, writer) and not self.over.is_set():
-                    pass
-        except (OSError, EOFError, asyncio.TimeoutError, asyncio.CancelledError):
-            pass  # the client went away or was too slow, or the server ends
-        finally:
-            self.connections -= 1
-            writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
-
-    async def exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request. Returns whether the connection goes on."""
-        try:
-            request = await asyncio.wait_for(read_head(reader), REQUEST_SECONDS)
-        except BadRequest as error:
-            await send(writer, error.response, keep=False)
-            writer.write_eof()
-            await asyncio.wait_for(drop(reader), REQUEST_SECONDS)  # a client that still sends would not see the answer
-            return False
-        if request is None:
-            return False
-        async with self.large if request.length > MAX_BODY_BYTES else nullcontext():
-            if request.headers.get("Expect", "").lower() == "100-continue":
-                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            body = await asyncio.wait_for(reader.readexactly(request.length), REQUEST_SECONDS)
-            found = ROUTES.get(request.target.partition("?")[0])
-            pool = self.heavy if found and found.heavy else self.light
-            response = await self.loop.run_in_executor(pool, self.answer, request, body)
-        await send(writer, response, request.keep, request.method == "HEAD")
-        return request.keep
-
-    def answer(self, request: Request, body: bytes) -> Response:
-        """The Site's response, if the request comes from a page of ours or from no page."""
-        hosts, origin = request.headers.get_all("Host", []), request.headers.get("Origin")
-        if len(hosts) != 1 or not self.is_own_name(hosts[0]):
-            return BadRequest(403, "this server answers to its own name alone (Host header)").response
-        if origin and not self.is_own_name(origin.removeprefix("http://")):
-            return BadRequest(403, "this server answers to its own page alone (Origin header)").response
-        try:
-            return self.site.respond(request.method, request.target, body)
-        except Exception as error:  # a fault of ours: no details to the client, one line for the operator
-            print(f"gan.py: {request.method} {request.target[:80]!a} failed: {type(error).__name__}: "
-                  f"{one_line(error)}", file=sys.stderr)
-            return BadRequest(500, "the server failed at this; its terminal says why").response
-
-
-def tell_fault(loop: asyncio.AbstractEventLoop, context: dict) -> None:
-    """One line for a fault outside of answering; nothing for what the end of the server breaks off."""
-    if error := context.get("exception"):
-        print(f"gan.py: connection failed: {one_line(error)}", file=sys.stderr)
-
-
-async def drop(reader: asyncio.StreamReader) -> None:
-    """Read to the end of a connection."""
-    while await reader.read(65536):
-        pass
-
-
-async def send(writer: asyncio.StreamWriter, response: Response, keep: bool, head: bool = False) -> None:
-    """Write a response, only its header where `head`."""
-    headers = {"Content-Type": response.kind, "Content-Length": str(len(response.body)), "Cache-Control": "no-store",
-               "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'",
-               **({} if keep else {"Connection": "close"}), **dict(response.headers)}
-    lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
-             *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-    writer.write("\r\n".join(lines).encode() + (b"" if head else response.body))
-    await asyncio.wait_for(writer.drain(), REQUEST_SECONDS)
+    def handle_error(self, request, client_address) -> None:
+        """One line for a fault outside of answering; none for a client that went away or was too slow."""
+        error = sys.exc_info()[1]
+        if error and not isinstance(error, OSError):
+            print(f"gan.py: connection failed: {one_line(error)}", file=sys.stderr)
 
 
 def serve(settings: EvalSettings) -> int:
@@ -3660,11 +3635,11 @@ def serve(settings: EvalSettings) -> int:
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {settings.host} port {settings.port} ({one_line(error)}): choose another "
                         "--port, or --port 0 for any free one") from None
-    with closing(server):
+    with server:
         if settings.host not in ("127.0.0.1", "localhost", "::1"):
             say(f"warning: anyone who can reach {settings.host} can use this server")
         model = site.load(site.default_path)
-        server.heavy.submit(jacobian, model.generator, torch.zeros(LATENT_SIZE))  # the first takes torch longer
+        site.heavy.submit(jacobian, model.generator, torch.zeros(LATENT_SIZE))  # the first takes torch longer
         say(f"faces of {site.default_path} (epoch {model.facts['epoch']}) at {server.url} (Ctrl-C ends)")
         server.serve_forever()
     return 0
