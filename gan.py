@@ -3129,6 +3129,13 @@ def picture(value, size: int) -> Tensor:
     raise ValueError(f"the data URL of a PNG of {size}×{size} pixels is wanted")
 
 
+def upload(value, size: int) -> Image.Image:
+    """A photo, at most MAX_PHOTO_SIDE high and wide."""
+    photo, _ = open_photo(value, MAX_PHOTO_SIDE)
+    photo.thumbnail((MAX_PHOTO_SIDE, MAX_PHOTO_SIDE))
+    return photo
+
+
 def square(value, size: int) -> Box | None:
     """A square in a photo, left, top, right, bottom; None where none is given."""
     if value is None:
@@ -3141,7 +3148,7 @@ def square(value, size: int) -> Box | None:
 
 def label(value, size: int) -> str:
     """What a person calls something."""
-    if not isinstance(value, str) or len(value) > 40 or not (value.isprintable() or not value):
+    if not isinstance(value, str) or len(value) > 40 or not value.isprintable():
         raise ValueError("a line of at most 40 characters is wanted")
     return value.strip()
 
@@ -3156,9 +3163,9 @@ def read_target(target: str) -> tuple[str, dict[str, Any]]:
     for name, values in query.items():
         if len(values) > 1:
             raise BadRequest(400, f"{name[:20]!a} is given {len(values)} times")
-    epoch = re.fullmatch(r"/samples/(\d{1,8})", url.path, re.ASCII)
     fields = {name: values[0] for name, values in query.items()}
-    return ("/samples/EPOCH", fields | {"epoch": epoch[1]}) if epoch else (url.path, fields)
+    folder, _, epoch = url.path.rpartition("/")
+    return ("/samples/EPOCH", fields | {"epoch": epoch}) if folder == "/samples" else (url.path, fields)
 
 
 def read_json(body: bytes) -> dict:
@@ -3199,46 +3206,34 @@ def route(path: str, method: str = "GET", heavy: bool = False, **fields: Callabl
     return declare
 
 
-@dataclass(frozen=True)
 class Model:
-    """A checkpoint's generator, and what is known of it."""
-    generator: Generator
-    facts: dict
-
-    @property
-    def size(self) -> int:
-        return self.facts["image_size"]
-
-
-class Renderer:
-    """Draws the faces that request threads ask for; those that wait at one moment share one forward pass.
-
-    In float32, so that they are those of an exported page: one face takes 1.3 times as long as in bf16."""
+    """A checkpoint's generator and what is known of it. Faces that are asked for at one moment share a forward pass, in
+    float32, so that they are those of an exported page: one takes 1.3 times as long as in bf16."""
     MOST_AT_ONCE = 32
 
-    def __init__(self):
-        self.waiting: deque[tuple[nn.Module, list[float], Future]] = deque()
+    def __init__(self, generator: Generator, facts: dict):
+        self.generator, self.facts, self.size = generator, facts, facts["image_size"]
+        self.waiting: deque[tuple[Tensor, Future]] = deque()
         self.thread = ThreadPoolExecutor(1)
 
-    def draw(self, generator: nn.Module, z: list[float]) -> Image.Image:
-        """One latent vector of 128 numbers -> its picture."""
+    def draw(self, z: Tensor) -> Image.Image:
+        """The picture of one latent vector (128,), whatever thread asks."""
         future: Future = Future()
-        self.waiting.append((generator, z, future))
+        self.waiting.append((z, future))
         self.thread.submit(self.draw_next)
         return future.result()
 
     def draw_next(self) -> None:
-        """Draw those next in the queue that want the same network; none where an earlier turn took them all."""
-        group: list[tuple[nn.Module, list[float], Future]] = []
-        while self.waiting and len(group) < self.MOST_AT_ONCE and self.waiting[0][0] is (group or self.waiting)[0][0]:
-            group.append(self.waiting.popleft())
+        """Draw those next in the queue; none where an earlier turn took them all."""
+        group = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.MOST_AT_ONCE))]
+        if not group:
+            return
         try:
-            z = torch.tensor([z for _, z, _ in group])
-            images = pictures(draw(group[0][0], z, precision="fp32")) if group else []
-            for image, (_, _, future) in zip(images, group):
-                future.set_result(image)
+            faces = pictures(draw(self.generator, torch.stack([z for z, _ in group]), precision="fp32"))
+            for face, (_, future) in zip(faces, group):
+                future.set_result(face)
         except Exception as error:  # handed on to the threads that asked, which answer with a 500
-            for _, _, future in group:
+            for _, future in group:
                 future.set_exception(error)
 
 
@@ -3276,7 +3271,7 @@ class Site:
     """What the server offers of one run: the page, its checkpoints and what they draw. Knows no sockets."""
 
     def __init__(self, run: Path, default: str | None, device: torch.device):
-        self.run, self.renderer, self.heavy = run, Renderer(), ThreadPoolExecutor(1)
+        self.run, self.heavy = run, ThreadPoolExecutor(1)
         self.default_path = find_checkpoint(run, default)
         self.lock = threading.Lock()
         self.stamps: dict[Path, int] = {}
@@ -3323,13 +3318,11 @@ class Site:
 
     def answer(self, found: Route, asked: dict) -> Response:
         """Read a route's fields and the checkpoint, and have it answered."""
-        path = self.default_path
-        if "checkpoint" in asked:
-            named = self.checkpoints()
-            if asked["checkpoint"] not in [*named]:  # it may be anything that JSON can say
-                raise BadRequest(404, f"no checkpoint {str(asked['checkpoint'])[:20]!a}: see /api/model")
-            path = named[asked["checkpoint"]]
-        model, values = self.load(path), {}
+        known: dict[Any, Path] = {None: self.default_path, **self.checkpoints()}
+        which = asked.get("checkpoint")
+        if which not in [*known]:  # it may be anything that JSON can say
+            raise BadRequest(404, f"no checkpoint {str(which)[:20]!a}: see /api/model")
+        model, values = self.load(known[which]), {}
         for name, parse in found.fields.items():
             try:
                 values[name] = parse(asked.get(name), model.size) if parse else asked.get(name)
@@ -3347,7 +3340,7 @@ class Site:
 
     @route("/generate", values=vector, scale=whole(1, 8, 1))
     def face(self, model: Model, values: Tensor, scale: int) -> Image.Image:
-        return enlarged(self.renderer.draw(model.generator, values.tolist()), scale)
+        return enlarged(model.draw(values), scale)
 
     @route("/api/faces", "POST", vectors=vectors(1, 64), scale=whole(1, 8, 1))
     def faces(self, model: Model, vectors: Tensor, scale: int) -> Image.Image:
@@ -3453,27 +3446,22 @@ class Site:
         before, now = distances_to(target, generator(torch.stack([z, better])), weights).tolist()
         return {"values": tidy(better), "distance": round(now, 3), "done": before - now < FIT_DONE}
 
-    @route("/api/photo", "POST", heavy=True, photo=None, box=square)
-    def photo(self, model: Model, photo: bytes, box: Box | None) -> dict:
+    @route("/api/photo", "POST", heavy=True, photo=upload, box=square)
+    def photo(self, model: Model, photo: Image.Image, box: Box | None) -> dict:
         """The faces in a photo, or what lies in the box, cut out as targets of /api/invert."""
-        boxes, note = [box] if box else [], ""
-        try:
-            image, _ = open_photo(photo, MAX_PHOTO_SIDE)
-            image.thumbnail((MAX_PHOTO_SIDE, MAX_PHOTO_SIDE))
-            if box is None:
-                boxes = find_faces(image)[:16]
+        boxes, note, (width, height) = [box] if box else [], "", photo.size
+        if box is None:
+            try:
+                boxes = find_faces(photo)[:16]
                 note = "" if boxes else "no face found: drag the photo until it is in the square"
-            elif not (0 <= box[0] + box[2] <= 2 * image.width and 0 <= box[1] + box[3] <= 2 * image.height
-                      and box[2] - box[0] <= 2 * max(image.size)):
-                raise BadRequest(400, "box must have its middle in the photo")
-        except ValueError as error:
-            raise BadRequest(400, f"the photo cannot be used: {one_line(error)}") from None
-        except UserError as error:  # OpenCV is absent
-            boxes, note = [], str(error)
-        faces = [{"box": list(box), "target": data_url(Image.fromarray(cut(image, box, model.size)))} for box in boxes]
-        width, height = image.size
-        image.thumbnail((1000, 1000))
-        return {"width": width, "height": height, "picture": data_url(image, "JPEG"), "faces": faces, "note": note}
+            except UserError as error:  # OpenCV is absent
+                note = str(error)
+        elif not (0 <= box[0] + box[2] <= 2 * width and 0 <= box[1] + box[3] <= 2 * height
+                  and box[2] - box[0] <= 2 * max(photo.size)):
+            raise BadRequest(400, "box: its middle is not in the photo")
+        faces = [{"box": list(box), "target": data_url(Image.fromarray(cut(photo, box, model.size)))} for box in boxes]
+        photo.thumbnail((1000, 1000))
+        return {"width": width, "height": height, "picture": data_url(photo, "JPEG"), "faces": faces, "note": note}
 
     @route("/api/neighbours", "POST", heavy=True, values=vector)
     def neighbours(self, model: Model, values: Tensor) -> dict:

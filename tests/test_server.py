@@ -247,7 +247,7 @@ def test_the_scores_of_checkpoints_are_told(copied):
 
 def test_threads_share_forward_passes(site, run, monkeypatch):
     """Requests that wait at one moment are drawn together, and each gets its own face."""
-    come, sizes, to_image, real = threading.Semaphore(0), [], gan.to_image, gan.Renderer.draw
+    come, sizes, to_image, real = threading.Semaphore(0), [], gan.to_image, gan.Model.draw
 
     def waiting_image(faces):
         if not sizes:  # the first pass ends when all have come
@@ -259,7 +259,7 @@ def test_threads_share_forward_passes(site, run, monkeypatch):
         come.release()
         return real(self, *arguments)
     monkeypatch.setattr(gan, "to_image", waiting_image)
-    monkeypatch.setattr(gan.Renderer, "draw", counted)
+    monkeypatch.setattr(gan.Model, "draw", counted)
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda i: site.respond("GET", target(changed(i, 3))), range(16)))
     assert sum(sizes) == 16 and len(sizes) < 16
