@@ -66,7 +66,7 @@ from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any, NamedTuple, TextIO, TypeVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import torch
@@ -3058,8 +3058,7 @@ MAX_ABS_VALUE = 100.0  # of a number of z; far beyond it the network overflows
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """An HTTP response."""
     status: int
     kind: str
@@ -3157,13 +3156,14 @@ def read_target(target: str) -> tuple[str, dict[str, Any]]:
     """A request target as (path as it stands among the ROUTES, fields)."""
     try:
         url = urlsplit(target)
-        query = parse_qs(url.query, keep_blank_values=True, max_num_fields=16, errors="strict")
+        query = parse_qsl(url.query, keep_blank_values=True, max_num_fields=16, errors="strict")
     except ValueError:
         raise BadRequest(400, "the address cannot be read") from None
-    for name, values in query.items():
-        if len(values) > 1:
-            raise BadRequest(400, f"{name[:20]!a} is given {len(values)} times")
-    fields = {name: values[0] for name, values in query.items()}
+    fields: dict[str, Any] = {}
+    for name, value in query:
+        if name in fields:
+            raise BadRequest(400, f"{name[:20]!a} is given twice")
+        fields[name] = value
     folder, _, epoch = url.path.rpartition("/")
     return ("/samples/EPOCH", fields | {"epoch": epoch}) if folder == "/samples" else (url.path, fields)
 
@@ -3184,8 +3184,7 @@ def data_url(image: Image.Image, kind: str = "PNG") -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """What answers a path: a method of Site, after its fields are parsed (None: taken as they are); `heavy`: it takes a
     second of all cores."""
     method: str
@@ -3475,18 +3474,9 @@ class Site:
                 "distances": [round(distance, 3) for distance in distances[0].tolist()]}
 
 
-@dataclass(frozen=True)
-class Request:
-    """The head of an HTTP request."""
-    method: str
-    target: str
-    headers: HTTPMessage
-    length: int  # of its body in bytes
-    keep: bool  # whether the client wants to keep the connection
-
-
-def read_head(head: bytes) -> Request:
-    """The head of a request; BadRequest where it is too large or no HTTP/1."""
+def read_head(head: bytes) -> tuple[str, str, HTTPMessage, bool]:
+    """The head of a request: method, target, header, and whether the connection is to go on after it. BadRequest where
+    it is too large, announces too large a body or is no HTTP/1."""
     line, _, fields = head.partition(b"\r\n")
     if len(line) > MAX_REQUEST_LINE:
         raise BadRequest(414, "the request line is too long")
@@ -3505,11 +3495,11 @@ def read_head(head: bytes) -> Request:
     if len(length) > 9 or int(length) > most:
         raise BadRequest(413, f"the body is too large: at most {most // 1_000_000} MB")
     keep = match[3] == "1" and headers.get("Connection", "").lower() != "close"
-    return Request(match[1], match[2], headers, int(length), keep)
+    return match[1], match[2], headers, keep
 
 
 class Connection(StreamRequestHandler):
-    """HTTP/1.1 with one client, in a thread of its own: one request after another."""
+    """HTTP/1.1 with one client: one request after another."""
     server: Server
     disable_nagle_algorithm = True
 
@@ -3530,23 +3520,24 @@ class Connection(StreamRequestHandler):
             return False
         head, end, self.received = self.received.partition(b"\r\n\r\n")
         try:
-            request = read_head(bytes(head + end))
-            self.server.check_names(request.headers)
+            method, target, headers, keep = read_head(bytes(head + end))
+            self.server.check_names(headers)
         except BadRequest as error:
             self.send(error.response, keep=False)
             self.connection.shutdown(socket.SHUT_WR)
             self.receive(self.received.clear)  # to the end: a client that still sends would not see the answer
             return False
-        with self.server.large if request.length > MAX_BODY_BYTES else nullcontext():
-            if request.headers.get("Expect", "").lower() == "100-continue":
+        length = int(headers.get("Content-Length", 0))
+        with self.server.large if length > MAX_BODY_BYTES else nullcontext():
+            if headers.get("Expect", "").lower() == "100-continue":
                 self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.receive(lambda: len(self.received) >= request.length)
-            if len(self.received) < request.length:
+            self.receive(lambda: len(self.received) >= length)
+            if len(self.received) < length:
                 return False
-            body, self.received = bytes(self.received[:request.length]), self.received[request.length:]
-            response = self.server.site.respond(request.method, request.target, body)
-        self.send(response, request.keep, request.method == "HEAD")
-        return request.keep
+            body, self.received = bytes(self.received[:length]), self.received[length:]
+            response = self.server.site.respond(method, target, body)
+        self.send(response, keep, head=method == "HEAD")
+        return keep
 
     def receive(self, enough: Callable) -> None:
         """Add to `received` until that is enough or the client sends no more. TimeoutError after REQUEST_SECONDS."""
@@ -3571,7 +3562,7 @@ class Connection(StreamRequestHandler):
 
 
 class Server(ThreadingTCPServer):
-    """A Site's HTTP server. OSError or OverflowError where it cannot listen."""
+    """A Site's HTTP server, a thread a connection. OSError where it cannot listen."""
     daemon_threads = True
     request_queue_size = 128
     allow_reuse_address = os.name == "posix"  # Windows would let two servers share a port
@@ -3583,10 +3574,7 @@ class Server(ThreadingTCPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Connection)
         self.port = self.server_address[1]
-
-    @property
-    def url(self) -> str:
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/"
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
 
     def is_own_name(self, host: str) -> bool:
         """Whether a Host header names this server. A page elsewhere whose name was pointed here is refused (DNS
@@ -3602,10 +3590,9 @@ class Server(ThreadingTCPServer):
 
     def check_names(self, headers: HTTPMessage) -> None:
         """BadRequest unless a request comes from a page of ours or from no page."""
-        if not self.is_own_name(headers["Host"]):
-            raise BadRequest(403, "this server answers to its own name alone (Host header)")
-        if not self.is_own_name(headers.get("Origin", headers["Host"]).removeprefix("http://")):
-            raise BadRequest(403, "this server answers to its own page alone (Origin header)")
+        host, page = headers["Host"], headers.get("Origin", headers["Host"]).removeprefix("http://")
+        if not (self.is_own_name(host) and self.is_own_name(page)):
+            raise BadRequest(403, "this server answers to its own name and page alone (Host and Origin headers)")
 
     def handle_error(self, request, client_address) -> None:
         """One line for a fault outside of answering; none for a client that went away or was too slow."""
@@ -3620,7 +3607,7 @@ def serve(settings: EvalSettings) -> int:
     site = Site(run, settings.checkpoint, torch.device("cpu"))  # one small face: faster than a trip to a GPU
     try:
         server = Server(site, settings.host, settings.port)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(f"cannot listen on {settings.host} port {settings.port} ({one_line(error)}): choose another "
                         "--port, or --port 0 for any free one") from None
     with server:
