@@ -2200,6 +2200,24 @@ class Judge:
         return torch.cat([fake[chosen], fake[like[chosen]], self.faces[known].cpu()])
 
 
+class Neighbourhood:
+    """The training faces of a dataset and where each lies in the judge's FeatureSpace."""
+
+    @torch.no_grad()
+    def __init__(self, data: str):
+        self.images = load_faces(Path(data))[0]
+        self.space = FeatureSpace(self.images[:500])  # enough for a space of 64 numbers, in a quarter of the time
+        self.features, held_out = self.space(self.images), load_faces(Path(data), "held_out")[0][:200]
+        self.typical = self.nearest(held_out, 1)[0].median().item() if len(held_out) else None
+
+    @torch.no_grad()
+    def nearest(self, images: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
+        """(distances, which faces) of the `count` nearest to each image, (N, count), nearest first."""
+        distances = torch.cdist(self.space(images), self.features)
+        nearest = distances.topk(min(count, len(self.features)), 1, largest=False)
+        return nearest.values, nearest.indices
+
+
 def collapsed(judged: list[dict], last: int = 3) -> bool:
     """Whether the faces have collapsed: in each of the last judgements less than half of the best coverage until then,
     or much more alike than they were at best (MS-SSIM 0.15 higher). Only what had covered 30 % of the real faces can
@@ -3036,6 +3054,18 @@ def describe_directions(run: Path, vectors: Tensor, strengths: Tensor) -> list[d
             for vector, strength in zip(vectors, strengths.tolist())]
 
 
+def describe_sliders(jacobian: Tensor, mask: Tensor) -> list[dict]:
+    """The three to five sliders of a region as plain types: those that change it three times as much as the rest, as
+    far as there are. `reach`: the step that would change it by 45 grey levels, from 2 to 8."""
+    found: list[dict] = []
+    for vector, inside, outside in zip(*region_sliders(jacobian, mask)):
+        if len(found) < 3 or inside ** 2 >= 3 * outside ** 2:
+            reach = min(8.0, max(2.0, 45 / max(inside.item(), 0.01)))
+            found.append({"vector": tidy(vector), "inside": round(inside.item(), 3),
+                          "outside": round(outside.item(), 3), "reach": round(reach, 1)})
+    return found
+
+
 def name_direction(run: Path, vector: Tensor, name: str) -> None:
     """Keep a person's name of a direction with the run; an empty one forgets it. The newest 100 are kept."""
     others = {name: tidy(known) for name, known in read_names(run).items() if known @ vector <= 0.9}
@@ -3234,36 +3264,6 @@ class Model:
         except Exception as error:  # handed on to the threads that asked, which answer with a 500
             for _, future in group:
                 future.set_exception(error)
-
-
-class Neighbourhood:
-    """The training faces of a dataset and where each lies in the judge's FeatureSpace."""
-
-    @torch.no_grad()
-    def __init__(self, data: str):
-        self.images = load_faces(Path(data))[0]
-        self.space = FeatureSpace(self.images[:500])  # enough for a space of 64 numbers, in a quarter of the time
-        self.features, held_out = self.space(self.images), load_faces(Path(data), "held_out")[0][:200]
-        self.typical = self.nearest(held_out, 1)[0].median().item() if len(held_out) else None
-
-    @torch.no_grad()
-    def nearest(self, images: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
-        """(distances, which faces) of the `count` nearest to each image, (N, count), nearest first."""
-        distances = torch.cdist(self.space(images), self.features)
-        nearest = distances.topk(min(count, len(self.features)), 1, largest=False)
-        return nearest.values, nearest.indices
-
-
-def describe_sliders(jacobian: Tensor, mask: Tensor) -> list[dict]:
-    """The three to five sliders of a region as plain types: those that change it three times as much as the rest, as
-    far as there are. `reach`: the step that would change it by 45 grey levels, from 2 to 8."""
-    found: list[dict] = []
-    for vector, inside, outside in zip(*region_sliders(jacobian, mask)):
-        if len(found) < 3 or inside ** 2 >= 3 * outside ** 2:
-            reach = min(8.0, max(2.0, 45 / max(inside.item(), 0.01)))
-            found.append({"vector": tidy(vector), "inside": round(inside.item(), 3),
-                          "outside": round(outside.item(), 3), "reach": round(reach, 1)})
-    return found
 
 
 class Site:
