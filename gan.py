@@ -31,7 +31,6 @@ Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 20 to 40 s on t
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
 import copy
 import gzip
@@ -57,7 +56,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
@@ -65,8 +64,9 @@ from http.client import HTTPException, HTTPMessage, parse_headers
 from ipaddress import ip_address
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any, NamedTuple, TextIO, TypeVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import torch
@@ -2200,6 +2200,24 @@ class Judge:
         return torch.cat([fake[chosen], fake[like[chosen]], self.faces[known].cpu()])
 
 
+class Neighbourhood:
+    """The training faces of a dataset and where each lies in the judge's FeatureSpace."""
+
+    @torch.no_grad()
+    def __init__(self, data: str):
+        self.images = load_faces(Path(data))[0]
+        self.space = FeatureSpace(self.images[:500])  # enough for a space of 64 numbers, in a quarter of the time
+        self.features, held_out = self.space(self.images), load_faces(Path(data), "held_out")[0][:200]
+        self.typical = self.nearest(held_out, 1)[0].median().item() if len(held_out) else None
+
+    @torch.no_grad()
+    def nearest(self, images: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
+        """(distances, which faces) of the `count` nearest to each image, (N, count), nearest first."""
+        distances = torch.cdist(self.space(images), self.features)
+        nearest = distances.topk(min(count, len(self.features)), 1, largest=False)
+        return nearest.values, nearest.indices
+
+
 def collapsed(judged: list[dict], last: int = 3) -> bool:
     """Whether the faces have collapsed: in each of the last judgements less than half of the best coverage until then,
     or much more alike than they were at best (MS-SSIM 0.15 higher). Only what had covered 30 % of the real faces can
@@ -3036,6 +3054,18 @@ def describe_directions(run: Path, vectors: Tensor, strengths: Tensor) -> list[d
             for vector, strength in zip(vectors, strengths.tolist())]
 
 
+def describe_sliders(jacobian: Tensor, mask: Tensor) -> list[dict]:
+    """The three to five sliders of a region as plain types: those that change it three times as much as the rest, as
+    far as there are. `reach`: the step that would change it by 45 grey levels, from 2 to 8."""
+    found: list[dict] = []
+    for vector, inside, outside in zip(*region_sliders(jacobian, mask)):
+        if len(found) < 3 or inside ** 2 >= 3 * outside ** 2:
+            reach = min(8.0, max(2.0, 45 / max(inside.item(), 0.01)))
+            found.append({"vector": tidy(vector), "inside": round(inside.item(), 3),
+                          "outside": round(outside.item(), 3), "reach": round(reach, 1)})
+    return found
+
+
 def name_direction(run: Path, vector: Tensor, name: str) -> None:
     """Keep a person's name of a direction with the run; an empty one forgets it. The newest 100 are kept."""
     others = {name: tidy(known) for name, known in read_names(run).items() if known @ vector <= 0.9}
@@ -3049,7 +3079,6 @@ def name_direction(run: Path, vector: Tensor, name: str) -> None:
 
 MAX_REQUEST_LINE = 16_384  # bytes; a vector takes about 2,000
 MAX_HEADER_BYTES = 32_768
-MAX_HEAD_BYTES = MAX_REQUEST_LINE + MAX_HEADER_BYTES + 4
 MAX_BODY_BYTES = 1_000_000  # of JSON
 MAX_PHOTO_BYTES = 20_000_000
 MAX_PHOTO_SIDE = 3000  # pixels; a larger photo is reduced
@@ -3059,8 +3088,7 @@ MAX_ABS_VALUE = 100.0  # of a number of z; far beyond it the network overflows
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """An HTTP response."""
     status: int
     kind: str
@@ -3130,6 +3158,13 @@ def picture(value, size: int) -> Tensor:
     raise ValueError(f"the data URL of a PNG of {size}×{size} pixels is wanted")
 
 
+def upload(value, size: int) -> Image.Image:
+    """A photo, at most MAX_PHOTO_SIDE high and wide."""
+    photo, _ = open_photo(value, MAX_PHOTO_SIDE)
+    photo.thumbnail((MAX_PHOTO_SIDE, MAX_PHOTO_SIDE))
+    return photo
+
+
 def square(value, size: int) -> Box | None:
     """A square in a photo, left, top, right, bottom; None where none is given."""
     if value is None:
@@ -3142,7 +3177,7 @@ def square(value, size: int) -> Box | None:
 
 def label(value, size: int) -> str:
     """What a person calls something."""
-    if not isinstance(value, str) or len(value) > 40 or not (value.isprintable() or not value):
+    if not isinstance(value, str) or len(value) > 40 or not value.isprintable():
         raise ValueError("a line of at most 40 characters is wanted")
     return value.strip()
 
@@ -3151,15 +3186,16 @@ def read_target(target: str) -> tuple[str, dict[str, Any]]:
     """A request target as (path as it stands among the ROUTES, fields)."""
     try:
         url = urlsplit(target)
-        query = parse_qs(url.query, keep_blank_values=True, max_num_fields=16, errors="strict")
+        query = parse_qsl(url.query, keep_blank_values=True, max_num_fields=16, errors="strict")
     except ValueError:
         raise BadRequest(400, "the address cannot be read") from None
-    for name, values in query.items():
-        if len(values) > 1:
-            raise BadRequest(400, f"{name[:20]!a} is given {len(values)} times")
-    epoch = re.fullmatch(r"/samples/(\d{1,8})", url.path, re.ASCII)
-    fields = {name: values[0] for name, values in query.items()}
-    return ("/samples/EPOCH", fields | {"epoch": epoch[1]}) if epoch else (url.path, fields)
+    fields: dict[str, Any] = {}
+    for name, value in query:
+        if name in fields:
+            raise BadRequest(400, f"{name[:20]!a} is given twice")
+        fields[name] = value
+    folder, _, epoch = url.path.rpartition("/")
+    return ("/samples/EPOCH", fields | {"epoch": epoch}) if folder == "/samples" else (url.path, fields)
 
 
 def read_json(body: bytes) -> dict:
@@ -3178,8 +3214,7 @@ def data_url(image: Image.Image, kind: str = "PNG") -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """What answers a path: a method of Site, after its fields are parsed (None: taken as they are); `heavy`: it takes a
     second of all cores."""
     method: str
@@ -3200,84 +3235,42 @@ def route(path: str, method: str = "GET", heavy: bool = False, **fields: Callabl
     return declare
 
 
-@dataclass(frozen=True)
 class Model:
-    """A checkpoint's generator, and what is known of it."""
-    generator: Generator
-    facts: dict
-
-    @property
-    def size(self) -> int:
-        return self.facts["image_size"]
-
-
-class Renderer:
-    """Draws the faces that request threads ask for; those that wait at one moment share one forward pass.
-
-    In float32, so that they are those of an exported page: one face takes 1.3 times as long as in bf16."""
+    """A checkpoint's generator and what is known of it. Faces that are asked for at one moment share a forward pass, in
+    float32, so that they are those of an exported page: one takes 1.3 times as long as in bf16."""
     MOST_AT_ONCE = 32
 
-    def __init__(self):
-        self.waiting: deque[tuple[nn.Module, list[float], Future]] = deque()
+    def __init__(self, generator: Generator, facts: dict):
+        self.generator, self.facts, self.size = generator, facts, facts["image_size"]
+        self.waiting: deque[tuple[Tensor, Future]] = deque()
         self.thread = ThreadPoolExecutor(1)
 
-    def draw(self, generator: nn.Module, z: list[float]) -> Image.Image:
-        """One latent vector of 128 numbers -> its picture."""
+    def draw(self, z: Tensor) -> Image.Image:
+        """The picture of one latent vector (128,), whatever thread asks."""
         future: Future = Future()
-        self.waiting.append((generator, z, future))
+        self.waiting.append((z, future))
         self.thread.submit(self.draw_next)
         return future.result()
 
     def draw_next(self) -> None:
-        """Draw those next in the queue that want the same network; none where an earlier turn took them all."""
-        group: list[tuple[nn.Module, list[float], Future]] = []
-        while self.waiting and len(group) < self.MOST_AT_ONCE and self.waiting[0][0] is (group or self.waiting)[0][0]:
-            group.append(self.waiting.popleft())
+        """Draw those next in the queue; none where an earlier turn took them all."""
+        group = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.MOST_AT_ONCE))]
+        if not group:
+            return
         try:
-            z = torch.tensor([z for _, z, _ in group])
-            images = pictures(draw(group[0][0], z, precision="fp32")) if group else []
-            for image, (_, _, future) in zip(images, group):
-                future.set_result(image)
+            faces = pictures(draw(self.generator, torch.stack([z for z, _ in group]), precision="fp32"))
+            for face, (_, future) in zip(faces, group):
+                future.set_result(face)
         except Exception as error:  # handed on to the threads that asked, which answer with a 500
-            for _, _, future in group:
+            for _, future in group:
                 future.set_exception(error)
-
-
-class Neighbourhood:
-    """The training faces of a dataset and where each lies in the judge's FeatureSpace."""
-
-    @torch.no_grad()
-    def __init__(self, data: str):
-        self.images = load_faces(Path(data))[0]
-        self.space = FeatureSpace(self.images[:500])  # enough for a space of 64 numbers, in a quarter of the time
-        self.features, held_out = self.space(self.images), load_faces(Path(data), "held_out")[0][:200]
-        self.typical = self.nearest(held_out, 1)[0].median().item() if len(held_out) else None
-
-    @torch.no_grad()
-    def nearest(self, images: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
-        """(distances, which faces) of the `count` nearest to each image, (N, count), nearest first."""
-        distances = torch.cdist(self.space(images), self.features)
-        nearest = distances.topk(min(count, len(self.features)), 1, largest=False)
-        return nearest.values, nearest.indices
-
-
-def describe_sliders(jacobian: Tensor, mask: Tensor) -> list[dict]:
-    """The three to five sliders of a region as plain types: those that change it three times as much as the rest, as
-    far as there are. `reach`: the step that would change it by 45 grey levels, from 2 to 8."""
-    found: list[dict] = []
-    for vector, inside, outside in zip(*region_sliders(jacobian, mask)):
-        if len(found) < 3 or inside ** 2 >= 3 * outside ** 2:
-            reach = min(8.0, max(2.0, 45 / max(inside.item(), 0.01)))
-            found.append({"vector": tidy(vector), "inside": round(inside.item(), 3),
-                          "outside": round(outside.item(), 3), "reach": round(reach, 1)})
-    return found
 
 
 class Site:
     """What the server offers of one run: the page, its checkpoints and what they draw. Knows no sockets."""
 
     def __init__(self, run: Path, default: str | None, device: torch.device):
-        self.run, self.renderer = run, Renderer()
+        self.run, self.heavy = run, ThreadPoolExecutor(1)
         self.default_path = find_checkpoint(run, default)
         self.lock = threading.Lock()
         self.stamps: dict[Path, int] = {}
@@ -3303,7 +3296,7 @@ class Site:
             return self.read(path, self.stamps[path])
 
     def respond(self, method: str, target: str, body: bytes = b"") -> Response:
-        """Answer a request: method and request target as they stand in the request line. Never raises BadRequest."""
+        """Answer a request: method and request target as they stand in the request line. Never raises."""
         try:
             path, asked = read_target(target)
             found = ROUTES.get(path)
@@ -3314,19 +3307,21 @@ class Site:
                 raise BadRequest(404, "no such page: the README lists those that there are")
             if method == "POST":
                 asked |= {"photo": body} if "photo" in found.fields else read_json(body)
-            return self.answer(found, asked)
+            return self.heavy.submit(self.answer, found, asked).result() if found.heavy else self.answer(found, asked)
         except BadRequest as error:
             return error.response
+        except Exception as error:  # a fault of ours: no details to the client, one line for the operator
+            problem = f"{type(error).__name__}: {one_line(error)}"
+            print(f"gan.py: {method} {target[:80]!a} failed: {problem}", file=sys.stderr)
+            return BadRequest(500, "the server failed at this; its terminal says why").response
 
     def answer(self, found: Route, asked: dict) -> Response:
         """Read a route's fields and the checkpoint, and have it answered."""
-        path = self.default_path
-        if "checkpoint" in asked:
-            named = self.checkpoints()
-            if asked["checkpoint"] not in [*named]:  # it may be anything that JSON can say
-                raise BadRequest(404, f"no checkpoint {str(asked['checkpoint'])[:20]!a}: see /api/model")
-            path = named[asked["checkpoint"]]
-        model, values = self.load(path), {}
+        known: dict[Any, Path] = {None: self.default_path, **self.checkpoints()}
+        which = asked.get("checkpoint")
+        if which not in [*known]:  # it may be anything that JSON can say
+            raise BadRequest(404, f"no checkpoint {str(which)[:20]!a}: see /api/model")
+        model, values = self.load(known[which]), {}
         for name, parse in found.fields.items():
             try:
                 values[name] = parse(asked.get(name), model.size) if parse else asked.get(name)
@@ -3344,7 +3339,7 @@ class Site:
 
     @route("/generate", values=vector, scale=whole(1, 8, 1))
     def face(self, model: Model, values: Tensor, scale: int) -> Image.Image:
-        return enlarged(self.renderer.draw(model.generator, values.tolist()), scale)
+        return enlarged(model.draw(values), scale)
 
     @route("/api/faces", "POST", vectors=vectors(1, 64), scale=whole(1, 8, 1))
     def faces(self, model: Model, vectors: Tensor, scale: int) -> Image.Image:
@@ -3450,27 +3445,22 @@ class Site:
         before, now = distances_to(target, generator(torch.stack([z, better])), weights).tolist()
         return {"values": tidy(better), "distance": round(now, 3), "done": before - now < FIT_DONE}
 
-    @route("/api/photo", "POST", heavy=True, photo=None, box=square)
-    def photo(self, model: Model, photo: bytes, box: Box | None) -> dict:
+    @route("/api/photo", "POST", heavy=True, photo=upload, box=square)
+    def photo(self, model: Model, photo: Image.Image, box: Box | None) -> dict:
         """The faces in a photo, or what lies in the box, cut out as targets of /api/invert."""
-        boxes, note = [box] if box else [], ""
-        try:
-            image, _ = open_photo(photo, MAX_PHOTO_SIDE)
-            image.thumbnail((MAX_PHOTO_SIDE, MAX_PHOTO_SIDE))
-            if box is None:
-                boxes = find_faces(image)[:16]
+        boxes, note, (width, height) = [box] if box else [], "", photo.size
+        if box is None:
+            try:
+                boxes = find_faces(photo)[:16]
                 note = "" if boxes else "no face found: drag the photo until it is in the square"
-            elif not (0 <= box[0] + box[2] <= 2 * image.width and 0 <= box[1] + box[3] <= 2 * image.height
-                      and box[2] - box[0] <= 2 * max(image.size)):
-                raise BadRequest(400, "box must have its middle in the photo")
-        except ValueError as error:
-            raise BadRequest(400, f"the photo cannot be used: {one_line(error)}") from None
-        except UserError as error:  # OpenCV is absent
-            boxes, note = [], str(error)
-        faces = [{"box": list(box), "target": data_url(Image.fromarray(cut(image, box, model.size)))} for box in boxes]
-        width, height = image.size
-        image.thumbnail((1000, 1000))
-        return {"width": width, "height": height, "picture": data_url(image, "JPEG"), "faces": faces, "note": note}
+            except UserError as error:  # OpenCV is absent
+                note = str(error)
+        elif not (0 <= box[0] + box[2] <= 2 * width and 0 <= box[1] + box[3] <= 2 * height
+                  and box[2] - box[0] <= 2 * max(photo.size)):
+            raise BadRequest(400, "box: its middle is not in the photo")
+        faces = [{"box": list(box), "target": data_url(Image.fromarray(cut(photo, box, model.size)))} for box in boxes]
+        photo.thumbnail((1000, 1000))
+        return {"width": width, "height": height, "picture": data_url(photo, "JPEG"), "faces": faces, "note": note}
 
     @route("/api/neighbours", "POST", heavy=True, values=vector)
     def neighbours(self, model: Model, values: Tensor) -> dict:
@@ -3484,26 +3474,9 @@ class Site:
                 "distances": [round(distance, 3) for distance in distances[0].tolist()]}
 
 
-@dataclass(frozen=True)
-class Request:
-    """The head of an HTTP request."""
-    method: str
-    target: str
-    headers: HTTPMessage
-    length: int  # of its body in bytes
-    keep: bool  # whether the client wants to keep the connection
-
-
-async def read_head(reader: asyncio.StreamReader) -> Request | None:
-    """The head of a connection's next request; None at its end. BadRequest where it is too large or no HTTP/1."""
-    try:
-        head = await reader.readuntil(b"\r\n\r\n")
-    except asyncio.IncompleteReadError as error:
-        head = error.partial
-    except asyncio.LimitOverrunError:
-        head = await reader.read(MAX_HEAD_BYTES)
-    if not head:
-        return None
+def read_head(head: bytes) -> tuple[str, str, HTTPMessage, bool]:
+    """The head of a request: method, target, header, and whether the connection is to go on after it. BadRequest where
+    it is too large, announces too large a body or is no HTTP/1."""
     line, _, fields = head.partition(b"\r\n")
     if len(line) > MAX_REQUEST_LINE:
         raise BadRequest(414, "the request line is too long")
@@ -3516,29 +3489,92 @@ async def read_head(reader: asyncio.StreamReader) -> Request | None:
     match = re.fullmatch(r"(\S+) (\S+) HTTP/1\.([01])", line.decode("latin-1"))
     length, *more = headers.get_all("Content-Length", ["0"])
     if (not match or not head.endswith(b"\r\n\r\n") or more or headers.defects or "Transfer-Encoding" in headers
-            or not (length.isascii() and length.isdecimal())):
+            or len(headers.get_all("Host", [])) != 1 or not (length.isascii() and length.isdecimal())):
         raise BadRequest(400, "the request cannot be read")
     most = MAX_PHOTO_BYTES if match[2].startswith("/api/photo") else MAX_BODY_BYTES
     if len(length) > 9 or int(length) > most:
         raise BadRequest(413, f"the body is too large: at most {most // 1_000_000} MB")
     keep = match[3] == "1" and headers.get("Connection", "").lower() != "close"
-    return Request(match[1], match[2], headers, int(length), keep)
+    return match[1], match[2], headers, keep
 
 
-class Server:
-    """HTTP/1.1 for a Site: one task a connection, so many of them, each for so long. Faces are drawn in threads, and
-    what is heavy in one thread of its own, one after another, so that it keeps no slider waiting."""
+class Connection(StreamRequestHandler):
+    """HTTP/1.1 with one client: one request after another."""
+    server: Server
+    disable_nagle_algorithm = True
+
+    def handle(self) -> None:
+        self.received = bytearray()
+        if not self.server.places.acquire(blocking=False):
+            return self.send(BadRequest(503, "busy", ("Retry-After", "1")).response, keep=False)
+        try:
+            while self.exchange():
+                pass
+        finally:
+            self.server.places.release()
+
+    def exchange(self) -> bool:
+        """Answer one request. Returns whether the connection goes on."""
+        self.receive(lambda: b"\r\n\r\n" in self.received or len(self.received) > MAX_REQUEST_LINE + MAX_HEADER_BYTES)
+        if not self.received:
+            return False
+        head, end, self.received = self.received.partition(b"\r\n\r\n")
+        try:
+            method, target, headers, keep = read_head(bytes(head + end))
+            self.server.check_names(headers)
+        except BadRequest as error:
+            self.send(error.response, keep=False)
+            self.connection.shutdown(socket.SHUT_WR)
+            self.receive(self.received.clear)  # to the end: a client that still sends would not see the answer
+            return False
+        length = int(headers.get("Content-Length", 0))
+        with self.server.large if length > MAX_BODY_BYTES else nullcontext():
+            if headers.get("Expect", "").lower() == "100-continue":
+                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.receive(lambda: len(self.received) >= length)
+            if len(self.received) < length:
+                return False
+            body, self.received = bytes(self.received[:length]), self.received[length:]
+            response = self.server.site.respond(method, target, body)
+        self.send(response, keep, head=method == "HEAD")
+        return keep
+
+    def receive(self, enough: Callable) -> None:
+        """Add to `received` until that is enough or the client sends no more. TimeoutError after REQUEST_SECONDS."""
+        deadline = time.monotonic() + REQUEST_SECONDS
+        while not enough():
+            self.connection.settimeout(max(deadline - time.monotonic(), 0.001))  # 0 would mean not to wait
+            part = self.connection.recv(65536)
+            if not part:
+                return
+            self.received += part
+
+    def send(self, response: Response, keep: bool, head: bool = False) -> None:
+        """Send a response, only its header where `head`. TimeoutError after REQUEST_SECONDS."""
+        headers = {"Content-Type": response.kind, "Content-Length": str(len(response.body)),
+                   "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                   "Content-Security-Policy": "default-src 'none'",
+                   **({} if keep else {"Connection": "close"}), **dict(response.headers)}
+        lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
+                 *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        self.connection.settimeout(REQUEST_SECONDS)
+        self.connection.sendall("\r\n".join(lines).encode() + (b"" if head else response.body))
+
+
+class Server(ThreadingTCPServer):
+    """A Site's HTTP server, a thread a connection. OSError where it cannot listen."""
+    daemon_threads = True
+    request_queue_size = 128
+    allow_reuse_address = os.name == "posix"  # Windows would let two servers share a port
 
     def __init__(self, site: Site, host: str, port: int):
-        self.site, self.host, self.connections = site, host, 0
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.socket = socket.create_server((host, port), family=family, backlog=128)
-        self.port = self.socket.getsockname()[1]
-        self.light, self.heavy = ThreadPoolExecutor(64), ThreadPoolExecutor(1)
-
-    @property
-    def url(self) -> str:
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/"
+        self.site, self.host = site, host
+        self.places = threading.Semaphore(MAX_CONNECTIONS)
+        self.large = threading.Semaphore(2)  # photos in memory at once
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Connection)
+        self.port = self.server_address[1]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
 
     def is_own_name(self, host: str) -> bool:
         """Whether a Host header names this server. A page elsewhere whose name was pointed here is refused (DNS
@@ -3552,103 +3588,17 @@ class Server:
             return bool(ip_address(match[1]))
         return match[1] in ("localhost", socket.gethostname().lower())
 
-    def serve_forever(self) -> None:
-        """Serve until Ctrl-C or shutdown()."""
-        asyncio.run(self.run())
+    def check_names(self, headers: HTTPMessage) -> None:
+        """BadRequest unless a request comes from a page of ours or from no page."""
+        host, page = headers["Host"], headers.get("Origin", headers["Host"]).removeprefix("http://")
+        if not (self.is_own_name(host) and self.is_own_name(page)):
+            raise BadRequest(403, "this server answers to its own name and page alone (Host and Origin headers)")
 
-    async def run(self) -> None:
-        self.loop, self.over = asyncio.get_running_loop(), asyncio.Event()
-        self.loop.set_exception_handler(tell_fault)
-        self.large = asyncio.Semaphore(2)  # photos in memory at once
-        server = await asyncio.start_server(self.connection, sock=self.socket, limit=MAX_HEAD_BYTES)
-        try:
-            await self.over.wait()
-        finally:
-            self.over.set()
-            server.close()  # a connection accepted at the very end would leave a warning
-
-    def shutdown(self) -> None:
-        """Let serve_forever return; from another thread."""
-        self.loop.call_soon_threadsafe(self.over.set)
-
-    def close(self) -> None:
-        self.socket.close()
-        for pool in (self.light, self.heavy):
-            pool.shutdown(wait=False)
-
-    async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer the requests of a connection one after another."""
-        self.connections += 1
-        writer.transport.set_write_buffer_limits(0)  # so that drain waits until all is sent
-        try:
-            if self.connections > MAX_CONNECTIONS:
-                await send(writer, BadRequest(503, "busy", ("Retry-After", "1")).response, keep=False)
-            else:
-                while await self.exchange(reader, writer) and not self.over.is_set():
-                    pass
-        except (OSError, EOFError, asyncio.TimeoutError, asyncio.CancelledError):
-            pass  # the client went away or was too slow, or the server ends
-        finally:
-            self.connections -= 1
-            writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
-
-    async def exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request. Returns whether the connection goes on."""
-        try:
-            request = await asyncio.wait_for(read_head(reader), REQUEST_SECONDS)
-        except BadRequest as error:
-            await send(writer, error.response, keep=False)
-            writer.write_eof()
-            await asyncio.wait_for(drop(reader), REQUEST_SECONDS)  # a client that still sends would not see the answer
-            return False
-        if request is None:
-            return False
-        async with self.large if request.length > MAX_BODY_BYTES else nullcontext():
-            if request.headers.get("Expect", "").lower() == "100-continue":
-                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            body = await asyncio.wait_for(reader.readexactly(request.length), REQUEST_SECONDS)
-            found = ROUTES.get(request.target.partition("?")[0])
-            pool = self.heavy if found and found.heavy else self.light
-            response = await self.loop.run_in_executor(pool, self.answer, request, body)
-        await send(writer, response, request.keep, request.method == "HEAD")
-        return request.keep
-
-    def answer(self, request: Request, body: bytes) -> Response:
-        """The Site's response, if the request comes from a page of ours or from no page."""
-        hosts, origin = request.headers.get_all("Host", []), request.headers.get("Origin")
-        if len(hosts) != 1 or not self.is_own_name(hosts[0]):
-            return BadRequest(403, "this server answers to its own name alone (Host header)").response
-        if origin and not self.is_own_name(origin.removeprefix("http://")):
-            return BadRequest(403, "this server answers to its own page alone (Origin header)").response
-        try:
-            return self.site.respond(request.method, request.target, body)
-        except Exception as error:  # a fault of ours: no details to the client, one line for the operator
-            print(f"gan.py: {request.method} {request.target[:80]!a} failed: {type(error).__name__}: "
-                  f"{one_line(error)}", file=sys.stderr)
-            return BadRequest(500, "the server failed at this; its terminal says why").response
-
-
-def tell_fault(loop: asyncio.AbstractEventLoop, context: dict) -> None:
-    """One line for a fault outside of answering; nothing for what the end of the server breaks off."""
-    if error := context.get("exception"):
-        print(f"gan.py: connection failed: {one_line(error)}", file=sys.stderr)
-
-
-async def drop(reader: asyncio.StreamReader) -> None:
-    """Read to the end of a connection."""
-    while await reader.read(65536):
-        pass
-
-
-async def send(writer: asyncio.StreamWriter, response: Response, keep: bool, head: bool = False) -> None:
-    """Write a response, only its header where `head`."""
-    headers = {"Content-Type": response.kind, "Content-Length": str(len(response.body)), "Cache-Control": "no-store",
-               "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'",
-               **({} if keep else {"Connection": "close"}), **dict(response.headers)}
-    lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
-             *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-    writer.write("\r\n".join(lines).encode() + (b"" if head else response.body))
-    await asyncio.wait_for(writer.drain(), REQUEST_SECONDS)
+    def handle_error(self, request, client_address) -> None:
+        """One line for a fault outside of answering; none for a client that went away or was too slow."""
+        error = sys.exc_info()[1]
+        if error and not isinstance(error, OSError):
+            print(f"gan.py: connection failed: {one_line(error)}", file=sys.stderr)
 
 
 def serve(settings: EvalSettings) -> int:
@@ -3657,14 +3607,14 @@ def serve(settings: EvalSettings) -> int:
     site = Site(run, settings.checkpoint, torch.device("cpu"))  # one small face: faster than a trip to a GPU
     try:
         server = Server(site, settings.host, settings.port)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(f"cannot listen on {settings.host} port {settings.port} ({one_line(error)}): choose another "
                         "--port, or --port 0 for any free one") from None
-    with closing(server):
+    with server:
         if settings.host not in ("127.0.0.1", "localhost", "::1"):
             say(f"warning: anyone who can reach {settings.host} can use this server")
         model = site.load(site.default_path)
-        server.heavy.submit(jacobian, model.generator, torch.zeros(LATENT_SIZE))  # the first takes torch longer
+        site.heavy.submit(jacobian, model.generator, torch.zeros(LATENT_SIZE))  # the first takes torch longer
         say(f"faces of {site.default_path} (epoch {model.facts['epoch']}) at {server.url} (Ctrl-C ends)")
         server.serve_forever()
     return 0

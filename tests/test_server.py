@@ -90,7 +90,7 @@ def target(values=BASE, **more) -> str:
 @contextmanager
 def serving(site: gan.Site):
     """A server on a free port, in a thread."""
-    with closing(gan.Server(site, "127.0.0.1", 0)) as server:
+    with gan.Server(site, "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -247,7 +247,7 @@ def test_the_scores_of_checkpoints_are_told(copied):
 
 def test_threads_share_forward_passes(site, run, monkeypatch):
     """Requests that wait at one moment are drawn together, and each gets its own face."""
-    come, sizes, to_image, real = threading.Semaphore(0), [], gan.to_image, gan.Renderer.draw
+    come, sizes, to_image, real = threading.Semaphore(0), [], gan.to_image, gan.Model.draw
 
     def waiting_image(faces):
         if not sizes:  # the first pass ends when all have come
@@ -259,7 +259,7 @@ def test_threads_share_forward_passes(site, run, monkeypatch):
         come.release()
         return real(self, *arguments)
     monkeypatch.setattr(gan, "to_image", waiting_image)
-    monkeypatch.setattr(gan.Renderer, "draw", counted)
+    monkeypatch.setattr(gan.Model, "draw", counted)
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda i: site.respond("GET", target(changed(i, 3))), range(16)))
     assert sum(sizes) == 16 and len(sizes) < 16
@@ -333,7 +333,7 @@ def test_host_must_be_our_own(server, hosts, good):
     ("0.0.0.0", {"127.0.0.1": True, "10.0.0.5": True, "[fe80::1]": True, "gan.example": False, "{own}": True})])
 def test_addresses_are_names_only_where_all_are_bound(site, host, names):
     """A server on one address answers to no other; one on all of them to each, and to the machine's name."""
-    with closing(gan.Server(site, host, 0)) as server:
+    with gan.Server(site, host, 0) as server:
         own = socket.gethostname()
         assert {name: server.is_own_name(f"{name.format(own=own)}:{server.port}") for name in names} == names
         assert not server.is_own_name(f"127.0.0.1:{server.port ^ 1}")
@@ -398,12 +398,12 @@ def test_line_header_and_body_at_their_limits_are_served(server):
 
 def test_client_that_goes_away_leaves_no_trace(site, capfd, monkeypatch):
     """Whenever a client disconnects, nothing is printed and the next one is served."""
-    ended, real = threading.Semaphore(0), gan.Server.connection
+    ended, real = threading.Semaphore(0), gan.Server.shutdown_request
 
-    async def connection(self, reader, writer):
-        await real(self, reader, writer)
+    def shutdown_request(self, connection):
+        real(self, connection)
         ended.release()
-    monkeypatch.setattr(gan.Server, "connection", connection)
+    monkeypatch.setattr(gan.Server, "shutdown_request", shutdown_request)
     with serving(site) as server:
         full = request(server.port, path=target(scale=8))
         half = request(server.port, "POST", "/", "Content-Length: 50", body=b"half")
@@ -451,13 +451,13 @@ def test_too_many_connections_get_503_and_then_recover(site, monkeypatch):
 
 
 @pytest.mark.parametrize("start", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\nX: ",
-                                   b"GET / HTTP/1.1\r\nContent-Length: 9999\r\n\r\n"])
+                                   b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Length: 9999\r\n\r\n"])
 @pytest.mark.parametrize("drip", [b"", b"x"])
 def test_slow_client_is_cut_off(site, monkeypatch, start, drip):
     """A client that has not sent its request in time is cut off, silent or dripping; others are served meanwhile."""
     monkeypatch.setattr(gan, "REQUEST_SECONDS", 0.5)
     with serving(site) as server, connect(server.port) as slow:
-        slow.sendall(start)
+        slow.sendall(start.replace(b"%d", b"%d" % server.port))
         assert statuses(talk(server.port, request(server.port))) == [200]
         for _ in range(PATIENCE * 20):  # waits on the socket until its end comes, or for a moment before the next byte
             if select.select([slow], [], [], 0.05)[0]:
