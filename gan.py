@@ -2859,18 +2859,23 @@ PARTS = {  # of an aligned face, where they lie in per cent of its side: top, bo
     "hair": (0, 12, 25, 75), "forehead": (15, 30, 33, 67), "left eye": (36, 47, 27, 44), "right eye": (36, 47, 56, 73),
     "nose": (47, 62, 42, 58), "left cheek": (52, 68, 22, 36), "right cheek": (52, 68, 64, 78),
     "mouth": (66, 78, 36, 64), "chin": (84, 96, 38, 62), "left side": (35, 65, 0, 13), "right side": (35, 65, 87, 100),
-    "top left": (0, 25, 0, 18), "top right": (0, 25, 82, 100), "bottom left": (78, 100, 0, 18),
-    "bottom right": (78, 100, 82, 100)}
+    "top left corner": (0, 25, 0, 18), "top right corner": (0, 25, 82, 100), "bottom left corner": (78, 100, 0, 18),
+    "bottom right corner": (78, 100, 82, 100)}
 
 
-def name_region(mask: Tensor) -> str:
-    """A region (S, S) of an aligned face in words, from 1 where it is and 0 elsewhere: the PARTS of which it has more
-    than half, or else the one of which it has most."""
-    shares = {name: mask[top * len(mask) // 100:bottom * len(mask) // 100,
-                         left * len(mask) // 100:right * len(mask) // 100].mean().item()
-              for name, (top, bottom, left, right) in PARTS.items()}
-    whole = ", ".join(name for name, share in shares.items() if share > 0.5)
-    return re.sub(r"left (\w+), right \1", r"\1s", whole) or f"part of {max(shares, key=lambda name: shares[name])}"
+def name_regions(masks: list[Tensor]) -> list[str]:
+    """Regions (S, S) of an aligned face in words, no two alike, from 1 where each is and 0 elsewhere: the PARTS of
+    which it has more than half, or else that it is near the one of which it has most."""
+    names: list[str] = []
+    for mask in masks:
+        shares = {part: mask[top * len(mask) // 100:bottom * len(mask) // 100,
+                             left * len(mask) // 100:right * len(mask) // 100].mean().item()
+                  for part, (top, bottom, left, right) in PARTS.items()}
+        whole = ", ".join(part for part, share in shares.items() if share > 0.5)
+        near = (f"near the {part}" for part in sorted(shares, key=lambda part: -shares[part]))
+        names.append(re.sub(r"(\w+ |)left (\w+), \1right \2", r"\1\2s", whole)
+                     or next(name for name in near if name not in names))
+    return names
 
 
 def face_weights(size: int) -> Tensor:
@@ -3421,7 +3426,8 @@ class Site:
         found = find_regions(slopes, model.size)
         masks = [(found == number).float() for number in range(int(found.max()) + 1)]
         return {"map": found.flatten().tolist(),
-                "regions": [{"name": name_region(mask), "sliders": describe_sliders(slopes, mask)} for mask in masks]}
+                "regions": [{"name": name, "sliders": describe_sliders(slopes, mask)}
+                            for name, mask in zip(name_regions(masks), masks)]}
 
     @route("/api/region", "POST", heavy=True, values=vector, mask=mask)
     def region(self, model: Model, values: Tensor, mask: Tensor) -> dict:

@@ -108,18 +108,19 @@ def test_regions_are_what_moves_together():
 
 @pytest.mark.parametrize("size", [32, 80])
 def test_regions_have_the_names_of_what_lies_there(size):
-    """The parts of which they have most; pairs are told as pairs; what has most of none, of which it has a part."""
+    """The parts of which they have most; pairs are told as pairs; what has most of none, which it is near; no two alike."""
     def covering(top: float, bottom: float, left: float, right: float) -> torch.Tensor:
         mask = torch.zeros(size, size)
         mask[int(top * size):int(bottom * size), int(left * size):int(right * size)] = 1
         return mask
-    assert gan.name_region(covering(0.33, 0.58, 0.25, 0.75)) == "eyes, nose"
-    assert gan.name_region(covering(0.33, 0.5, 0.5, 0.75)) == "right eye"
-    assert gan.name_region(covering(0.65, 1, 0.2, 0.8)) == "mouth, chin"
-    assert gan.name_region(covering(0, 0.32, 0.2, 0.8)) == "hair, forehead"
-    assert gan.name_region(covering(0.7, 1, 0, 0.2)) == "bottom left"
-    assert gan.name_region(covering(0.67, 0.71, 0.4, 0.6)) == "part of mouth"
-    assert gan.name_region(torch.ones(size, size)).startswith("hair, forehead, eyes, nose, cheeks, mouth, chin, sides")
+    for box, name in (((0.33, 0.58, 0.25, 0.75), "eyes, nose"), ((0.33, 0.5, 0.5, 0.75), "right eye"),
+                      ((0.65, 1, 0.2, 0.8), "mouth, chin"), ((0, 0.32, 0.2, 0.8), "hair, forehead"),
+                      ((0.7, 1, 0, 0.2), "bottom left corner"), ((0.67, 0.71, 0.4, 0.6), "near the mouth"),
+                      ((0, 1, 0, 1), "hair, forehead, eyes, nose, cheeks, mouth, chin, sides, top corners, bottom corners")):
+        assert gan.name_regions([covering(*box)]) == [name]
+    thirds = [covering(0.66, 0.78, left, left + 0.12) for left in (0.32, 0.44, 0.56)]
+    names = gan.name_regions(thirds)
+    assert len(set(names)) == 3 and all(name.startswith("near the ") for name in names)
 
 
 def test_one_step_solves_a_linear_fit(monkeypatch):
