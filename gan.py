@@ -2969,14 +2969,13 @@ def folded_layers(generator: Generator) -> list[dict]:
 
 def network_json(generator: Generator, facts: dict, directions: list[dict]) -> str:
     """The generator as JSON for the page: weights in float16, biases in float32, both base64, little-endian, in the
-    order in which the page reads them: (out / 8, kernel, kernel, in, 8), and channels last."""
+    order in which the page reads them: (kernel, kernel, in, out), and channels last."""
     def packed(array: Tensor, kind: str) -> str:
         return base64.b64encode(array.contiguous().numpy().astype(kind).tobytes()).decode()
     layers = folded_layers(generator)
     for layer in layers:
         if "weight" in layer:
-            eights = F.pad(layer["weight"], (0, 0, 0, 0, 0, -layer["out"] % 8)).unflatten(1, (-1, 8))
-            layer["weight"] = packed(eights.permute(1, 3, 4, 0, 2), "<f2")
+            layer["weight"] = packed(layer["weight"].permute(2, 3, 0, 1), "<f2")
         if "data" in layer:
             layer["data"] = packed(layer["data"].permute(1, 2, 0), "<f4")
     return json.dumps({"format": 1, "model": facts["model"], "epoch": facts["epoch"], "image_size": facts["image_size"],

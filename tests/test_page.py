@@ -311,7 +311,7 @@ def test_checkpoint_menu_tells_what_the_judge_says(page, run):
         page.reload()
         page.locator("#save:enabled").wait_for()
         labels = page.locator("#checkpoint option").all_text_contents()
-        assert sorted(labels) == sorted(["epoch 4 (last)", "epoch 2 · distance 12.3", "epoch 4"])
+        assert sorted(labels) == sorted(["epoch 4 · last", "epoch 2 · distance 12.3", "epoch 4"])
     finally:
         (run / "log.jsonl").write_bytes(log)
 

@@ -364,7 +364,7 @@ def evaluate(layers: list[dict], z: np.ndarray) -> np.ndarray:
         if layer["op"] == "convolve":
             kernel, stride, padding = layer["kernel"], layer["stride"], layer["padding"]
             weight = np.frombuffer(base64.b64decode(layer["weight"]), "<f2").astype(np.float32)
-            weight = np.concatenate([*weight.reshape(-1, kernel, kernel, layer["in"], 8)], 3)[..., :layer["out"]]
+            weight = weight.reshape(kernel, kernel, layer["in"], layer["out"])
             full = np.zeros(2 * [(side - 1) * stride + kernel] + [layer["out"]], np.float32)
             for row in range(side):
                 for column in range(side):
