@@ -28,7 +28,8 @@ from cosmic_ray.work_item import TestOutcome, WorkItem, WorkResult
 from coverage import CoverageData
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0"]
+# In one process: with workers coverage does not tell tests apart.
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
 # `is` for `==` mostly changes nothing, a shift of a float is mostly an error
 NOT_TRIED = re.compile(r"_(Is(Not)?|RShift|LShift|Bit\w+)$")
 
