@@ -914,7 +914,7 @@ def test_sigkill_before_every_file_operation(tmp_path, earlier):
 
 
 RESUMER = """
-import json, os, signal, sys
+import json, os, signal, sys, threading
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import gan
@@ -922,22 +922,26 @@ decode, write, decoded = gan.decode_faces, gan.atomic_write, []
 gan.decode_faces = lambda *arguments: decoded.append(1) or decode(*arguments)
 
 def prepared_until(last):
+    done = set()
     def write_until(path, data):
+        if path.name == "faces-00002.note" and "faces-00001.note" in last:
+            threading.Event().wait()  # threads may write the later batch first
         write(path, data)
-        if path.name == last:
+        done.add(path.name)
+        if last and last <= done:
             os.kill(os.getpid(), signal.SIGKILL)
     gan.atomic_write = write_until
     decoded.clear()
     manifest = gan.prepare(gan.PrepareSettings(dataset="photos", data="data", size=32, crop=1.0, limit=0))
     return manifest, len(decoded)
 
-for last in ("held-out-00000.note", "faces-00001.note", "manifest.json"):
+for last in {"held-out-00000.note"}, {"faces-00000.note", "faces-00001.note"}, {"manifest.json"}:
     if not (child := os.fork()):
         prepared_until(last)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     if not (child := os.fork()):
-        print(json.dumps(prepared_until("")), flush=True)
+        print(json.dumps(prepared_until(set())), flush=True)
         os._exit(0)
     os.waitpid(child, 0)
 """
