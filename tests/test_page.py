@@ -569,6 +569,18 @@ def test_mix_slider_and_family(page):
     assert page.locator("#between").input_value() == "0"
 
 
+def test_a_drag_over_folded_numbers(page):
+    """Once the face rests, the folded boxes and the address hold its vector."""
+    page.locator("#numbers summary").click()
+    page.locator("#tool-mix").click()
+    between = page.locator("#between")
+    between.evaluate("range => { range.value = 0.5; range.dispatchEvent(new Event('input')); }")
+    between.evaluate("range => range.dispatchEvent(new Event('change', { bubbles: true }))")
+    page.wait_for_url(lambda url: not np.allclose(in_link(url), BASE))
+    boxes = [float(page.locator(f"#n{i}").input_value()) for i in range(128)]
+    assert np.allclose(boxes, in_link(page.url))
+
+
 def test_undo_and_redo_bring_everything_back(page):
     """Faces, numbers, checkpoint and shelf; a drag is one step; a new change forgets what was undone."""
     page.locator("#s3").fill("1")
