@@ -125,8 +125,11 @@ def test_paint_brings_the_face_nearer_to_the_painted(site, run):
     face, other = oracle(run / "last.pt", BASE), oracle(run / "last.pt", changed(0, 3)[::-1])
     painted = face.copy()
     painted[:SIZE // 2] = other[:SIZE // 2]
-    found = post(site, "/api/paint", values=BASE, target=png_url(painted), mask=MASK)["values"]
-    after = oracle(run / "last.pt", found)
+    found = post(site, "/api/paint", values=BASE, target=png_url(painted), mask=MASK)
+    after = oracle(run / "last.pt", found["values"])
+    weights = np.array(MASK).reshape(SIZE, SIZE, 1) + 0.25  # the rest counts a quarter
+    distance = np.sqrt((weights * (after - painted) ** 2).sum() / (3 * weights.sum()))
+    assert found["distance"] == pytest.approx(distance, abs=0.5)  # the picture is rounded
     assert (abs(after - painted)[:SIZE // 2]).mean() < 0.8 * (abs(face - painted)[:SIZE // 2]).mean()
     assert (abs(after - face)[SIZE // 2:]).mean() < (abs(other - face)[SIZE // 2:]).mean()
 
@@ -192,8 +195,9 @@ def test_a_run_is_a_film(trained, tmp_path):
     for path, side in (("/api/timelapse?face=11", 3 * SIZE), ("/api/timelapse", (10 * (SIZE + 2) + 2) // 2)):
         response = get(site, path)
         with Image.open(io.BytesIO(response.body)) as film:
-            assert response.kind == "image/webp" and film.size == (side, side)
-            assert film.n_frames == len(get(site, "/api/samples")["epochs"])
+            assert (response.status, response.kind, film.size) == (200, "image/webp", (side, side))
+            film.load()  # tells how many milliseconds its first frame lasts
+            assert film.n_frames == len(get(site, "/api/samples")["epochs"]) and film.info["duration"] == 100
 
 
 def test_a_film_passes_through_the_faces(site, run):
