@@ -101,6 +101,17 @@ def test_names_are_for_the_same_direction_only(tmp_path):
     assert [direction["name"] for direction in told] == ["one", "", "one"]
 
 
+def test_the_newest_hundred_names_are_kept(tmp_path):
+    """A name is of one direction, the last that got it."""
+    axes = torch.eye(128)
+    for number in range(102):
+        gan.name_direction(tmp_path, axes[number], f"{number * 37 % 102}")  # in no order of the alphabet
+    gan.name_direction(tmp_path, axes[120], f"{50 * 37 % 102}")
+    told = gan.describe_directions(tmp_path, axes, torch.ones(128))
+    kept = {number: f"{number * 37 % 102}" for number in range(2, 102) if number != 50} | {120: f"{50 * 37 % 102}"}
+    assert {number: one["name"] for number, one in enumerate(told) if one["name"]} == kept
+
+
 def test_regions_cover_the_face_with_sliders(site):
     """A number for each pixel, and three to five sliders for each number; they change their region more than the rest."""
     found = post(site, "/api/regions", values=BASE)
