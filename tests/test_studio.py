@@ -152,6 +152,8 @@ def test_a_photo_is_cut_where_the_box_is(site):
     assert (found["width"], found["height"]) == (60, 40) and len(found["faces"]) == 1
     assert found["faces"][0]["box"] == [4, 4, 36, 36] and image_of(found["picture"]).shape == (40, 60, 3)
     assert (image_of(found["faces"][0]["target"]) == np.asarray(image.crop((4, 4, 36, 36)))).all()
+    widest = post(site, "/api/photo?box=-30,-40,90,80", photo())["faces"]  # twice the photo's longer side
+    assert image_of(widest[0]["target"]).shape == (SIZE, SIZE, 3)
     over = image_of(post(site, "/api/photo?box=-10,0,22,32", photo())["faces"][0]["target"])
     assert (over[:, 9] == over[:, 10]).all() and (over[:, 0] == over[:, 19]).all()
 
@@ -191,10 +193,10 @@ def test_the_grids_and_the_log_of_a_run_are_told(trained, tmp_path):
     assert get(site, "/api/samples")["epochs"] == [*epochs, 7]
     assert get(site, "/samples/7").body == (run / "samples" / "epoch-00004.png").read_bytes()
     assert [line["epoch"] for line in get(site, "/api/log")["lines"]] == [1, 2, 3, 4]
-    lines = [{"epoch": epoch} | ({"scores": {}} if epoch % 50 == 0 else {}) for epoch in range(1, 5001)]
+    lines = [{"epoch": epoch} | ({"scores": {}} if epoch % 50 == 0 else {}) for epoch in range(1, 5002)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = [line["epoch"] for line in get(site, "/api/log")["lines"]]
-    assert len(told) <= 1000 and told[-1] == 5000 and set(range(50, 5001, 50)) <= set(told) and told == sorted(told)
+    assert len(told) <= 1000 and told[-1] == 5001 and set(range(50, 5001, 50)) <= set(told) and told == sorted(told)
 
 
 def test_a_run_is_a_film(trained, tmp_path):
@@ -280,7 +282,7 @@ def test_a_body_that_is_no_object_is_refused(site, body):
 @pytest.mark.parametrize("query, body", [
     ("", b""), ("", b"no photo"), ("", b"GIF89a"), ("?box=1,2,3", photo()), ("?box=a,b,c,d", photo()), ("?box=0,0,4,4", photo()),
     ("?box=0,0,20,30", photo()), ("?box=100,0,130,30", photo()), ("?box=-300,-300,300,300", photo()), ("?box=1e9,0,1e9,0", photo()),
-    ("?box=nan,0,1,1", photo())])
+    ("?box=-30.5,-40.5,90.5,80.5", photo()), ("?box=nan,0,1,1", photo())])
 def test_a_hostile_photo_or_box_gets_one_line(site, query, body):
     """And nothing else happens."""
     response = site.respond("POST", "/api/photo" + query, body)
