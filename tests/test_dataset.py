@@ -502,6 +502,17 @@ def test_where_there_is_no_face_none_is_found():
     assert not any(gan.find_faces(Image.new("RGB", size)) for size in [(500, 400), (1, 1), (5000, 3), (28, 28)])
 
 
+def test_two_boxes_of_one_face_count_once(monkeypatch):
+    """The larger one is the face; what lies left, right, above or below it is another."""
+    pytest.importorskip("cv2")
+    faces = [(300, 55, 40), (215, 55, 30), (375, 55, 30), (300, 135, 30), (300, 20, 28)]  # middle and side
+    boxes = [(x - side / 2, y - side / 2, x + side / 2, y + side / 2) for x, y, side in [*faces, (300, 55, 20)]]
+    monkeypatch.setattr(gan, "look", lambda grey, region, scale, **how: boxes)
+    found = [((left + right) / 2, (top + bottom) / 2, (right - left) / 1.1)
+             for left, top, right, bottom in gan.find_faces(Image.new("RGB", (400, 200)))]
+    assert sorted(found) == [pytest.approx(face) for face in sorted(faces)]
+
+
 def test_crops_follow_the_faces(portraits, tmp_path):
     """From a JPEG of 12 megapixels, stored lying: each face in its square, whose box is in the upright photo. They are
     too small for --size where they are looked for, and large enough in the photo."""
