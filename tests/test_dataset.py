@@ -978,6 +978,32 @@ def test_a_killed_prepare_goes_on_where_it_was(tmp_path):
     assert seen(tmp_path / "data") == seen(tmp_path / "whole")
 
 
+def test_a_stopped_prepare_goes_on_within_a_photo(tmp_path, monkeypatch):
+    """Three faces a photo, so that each batch ends at another one of them: none is lost, none comes twice."""
+    pytest.importorskip("cv2")
+    monkeypatch.setattr(gan, "find_faces", lambda image: [(10.0 * i, 0.0, 10.0 * i + 40, 40.0) for i in range(3)])
+    source = pack(tmp_path / "photos", {f"{i:03}.png": encoded(Image.new("RGB", (60, 40), (i, 0, 0))) for i in range(250)})
+    write, second = gan.atomic_write, threading.Event()
+
+    def write_two_batches(path, data):
+        if path.name == "faces-00002.note":
+            second.wait()  # threads may write the later batch first
+            raise KeyboardInterrupt
+        write(path, data)
+        if path.name == "faces-00001.note":
+            second.set()
+
+    def manifest(data: str) -> dict:
+        return gan.prepare(gan.PrepareSettings(dataset=str(source), data=str(tmp_path / data), size=32, crop="face", limit=0))
+    whole = manifest("whole")
+    monkeypatch.setattr(gan, "atomic_write", write_two_batches)
+    with pytest.raises(KeyboardInterrupt):
+        manifest("data")
+    monkeypatch.setattr(gan, "atomic_write", write)
+    assert manifest("data")["batches"] == whole["batches"] and whole["count"] == 600
+    assert faces_told(tmp_path / "data") == faces_told(tmp_path / "whole")
+
+
 def test_ctrl_c_cleans_up(tmp_path, earlier, monkeypatch):
     """Ctrl-C while photos are decoded ends with code 130; the earlier dataset is as it was, and the next one replaces it
     and what was left."""
