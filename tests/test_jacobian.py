@@ -106,6 +106,13 @@ def test_regions_are_what_moves_together():
     assert not set(found[:SIZE // 2 - 1].flatten().tolist()) & set(found[SIZE // 2 + 1:].flatten().tolist())
 
 
+def test_where_all_pixels_answer_alike_place_divides_them():
+    """Into several regions, one above another, each the same left and right."""
+    found = gan.find_regions(torch.ones(PIXELS, 128), SIZE)
+    assert len(found[:, SIZE // 2].unique()) > 1 and len(found.unique()) > 3
+    assert torch.equal(found[:, 1:], found[:, 1:].flip(1))
+
+
 @pytest.mark.parametrize("size", [32, 80])
 def test_regions_have_the_names_of_what_lies_there(size):
     """The parts of which they have most; pairs are told as pairs; what has most of none, which it is near; no two alike."""
