@@ -138,6 +138,66 @@ def unfiltered():
     gan.Blur.forward = lambda self, x: x
 
 
+class Residual(torch.nn.Module):
+    """x -> max(0, x + a 3×3 convolution of it, normalised), (N, C, H, W) -> same."""
+
+    def __init__(self, channels: int, norm):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = norm(channels)
+        torch.nn.init.constant_(self.norm.weight, 0.2)
+
+    def forward(self, x):
+        return F.relu(x + self.norm(self.convolution(x)))
+
+
+def deeper():
+    """A 3×3 convolution more at the second and third side in both networks: residual in the generator, plain in the
+    discriminator, where the gradient penalty goes through each layer in turn."""
+    generator, discriminator = gan.Generator.__init__, gan.Discriminator.__init__
+
+    def lengthened(layers, activation, block):
+        found, channels, seen = [], 0, 0
+        for layer in layers:
+            found.append(layer)
+            channels = getattr(layer, "out_channels", channels)
+            if isinstance(layer, activation):
+                found += block(channels) if seen in (1, 2) else []
+                seen += 1
+        return torch.nn.Sequential(*found)
+
+    def make_generator(self, *arguments):
+        generator(self, *arguments)
+        self.layers = lengthened(self.layers, torch.nn.ReLU, lambda channels: [Residual(channels, gan.BatchNorm)])
+
+    def make_discriminator(self, size, width, norm):
+        discriminator(self, size, width, norm)
+        self.layers = lengthened(self.layers, torch.nn.LeakyReLU, lambda channels: [
+            torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels), torch.nn.LeakyReLU(0.2)])
+    gan.Generator.__init__, gan.Discriminator.__init__ = make_generator, make_discriminator
+
+
+def patches():
+    """The critic adds to its score the mean of scores of places at a quarter of the side."""
+    make = gan.Discriminator.__init__
+
+    def make_both(self, *arguments):
+        make(self, *arguments)
+        self.at = [i for i, layer in enumerate(self.layers) if isinstance(layer, torch.nn.LeakyReLU)][2]
+        channels = [layer.out_channels for layer in self.layers[:self.at] if isinstance(layer, torch.nn.Conv2d)][-1]
+        self.places = gan.Score(channels, 1, 3, padding=1, bias=False)
+
+    def score(self, x):
+        middle = self.layers[:self.at + 1](x)
+        return self.layers[self.at + 1:](middle).flatten() + self.places(middle).mean((1, 2, 3))
+
+    def input_gradient(self, x):
+        x = self.louder(x).detach().requires_grad_()
+        return torch.autograd.grad(score(self, x).sum(), x, create_graph=True)[0]
+    gan.Discriminator.__init__, gan.Discriminator.input_gradient = make_both, input_gradient
+    gan.Discriminator.forward = lambda self, x: score(self, self.louder(x))
+
+
 def short_z(share: float):
     """So many of the latent vectors are shortened, to a length uniform from 0 to their own."""
     def patch():
@@ -214,6 +274,8 @@ RECIPES = {
     "quiet": ({}, [quiet]),
     "unfiltered": ({}, [unfiltered]),
     "quiet, unfiltered": ({}, [quiet, unfiltered]),
+    "deeper": ({}, [deeper]),
+    "patches": ({}, [patches]),
     "mirrored": ({}, [mirror]),
     "augmented": ({}, [augment]),
     "decay": ({}, [decay(100_000)]),
