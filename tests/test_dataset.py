@@ -502,6 +502,15 @@ def test_where_there_is_no_face_none_is_found():
     assert not any(gan.find_faces(Image.new("RGB", size)) for size in [(500, 400), (1, 1), (5000, 3), (28, 28)])
 
 
+@pytest.mark.parametrize("format, enough, side", [("JPEG", 100, 100), ("JPEG", 101, 200), ("JPEG", 800, 800), ("PNG", 100, 800)])
+def test_a_jpeg_is_decoded_no_larger_than_is_enough(format, enough, side):
+    """In an eighth, a quarter or a half of its size where that will do: most of prepare's time is decoding."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (800, 800), "grey").save(buffer, format)
+    image, scale = gan.open_photo(buffer.getvalue(), enough)
+    assert image.size == (side, side) and scale == 800 / side
+
+
 def test_two_boxes_of_one_face_count_once(monkeypatch):
     """The larger one is the face; what lies left, right, above or below it is another."""
     pytest.importorskip("cv2")
