@@ -996,7 +996,7 @@ def test_a_stopped_prepare_goes_on_within_a_photo(tmp_path, monkeypatch):
 
     def write_two_batches(path, data):
         if path.name == "faces-00002.note":
-            second.wait()  # threads may write the later batch first
+            assert second.wait(60)  # threads may write the later batch first
             raise KeyboardInterrupt
         write(path, data)
         if path.name == "faces-00001.note":

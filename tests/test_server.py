@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote
@@ -264,6 +264,19 @@ def test_threads_share_forward_passes(site, run, monkeypatch):
         answers = list(pool.map(lambda i: site.respond("GET", target(changed(i, 3))), range(16)))
     assert sum(sizes) == 16 and len(sizes) < 16
     assert all(same(picture(answer.body), oracle(run / "last.pt", changed(i, 3))) for i, answer in enumerate(answers))
+
+
+def test_a_drawing_that_fails_fails_for_all_who_wait_for_it(site, monkeypatch):
+    """And nobody waits for ever; the next face is drawn."""
+    model, to_image = site.load(site.default_path), gan.to_image
+    asked = [(torch.zeros(gan.LATENT_SIZE), gan.Future()) for _ in range(3)]
+    model.waiting.extend(asked)
+    monkeypatch.setattr(gan, "to_image", lambda faces: 1 // 0)
+    with suppress(ZeroDivisionError):
+        model.draw_next()
+    assert all(future.done() and type(future.exception()) is ZeroDivisionError for _, future in asked)
+    monkeypatch.setattr(gan, "to_image", to_image)
+    assert site.respond("GET", target()).status == 200
 
 
 def test_newer_checkpoint_is_picked_up(copied):
