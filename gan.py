@@ -25,7 +25,7 @@ The file is laid out in the order in which a face travels through it; each room 
     Server: a pure function from request to response, and HTTP around it
     Command line: one function a command
 
-Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 20 to 40 s on two CPU cores (AMD EPYC with bf16, torch
+Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 17 to 40 s on two CPU cores (AMD EPYC with bf16, torch
 2.13); faces are recognisable after 5 epochs. The README has the pictures.
 """
 from __future__ import annotations

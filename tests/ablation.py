@@ -58,14 +58,15 @@ def decay(images: int):
     return patch
 
 
-def mirror():
-    """Half of the photos mirrored, anew each time."""
-    train_on = Pair.train_on
+def unmirrored():
+    """Photos as they are."""
+    epoch = gan.TrainingFaces.epoch
 
-    def mirrored(self, real):
-        flip = torch.rand(len(real), generator=self.random) < 0.5
-        return train_on(self, torch.where(flip[:, None, None, None], real.flip(3), real))
-    Pair.train_on = mirrored
+    def turned_back(self, number, first=0):
+        for real in epoch(self, number, first):
+            real[::2] = real[::2].flip(3)
+            yield real
+    gan.TrainingFaces.epoch = turned_back
 
 
 def augmented(x: torch.Tensor, random: torch.Generator) -> torch.Tensor:
@@ -131,6 +132,11 @@ def no_bias():
 def quiet():
     """The critic hears fine detail as it is."""
     gan.WGANGP.boost = gan.Objective.boost
+
+
+def loud():
+    """The boost of fine detail stays where it has risen to."""
+    gan.WGANGP.boost = lambda self, images_seen: min(1.0, max(0.0, (images_seen - 10_000) / 30_000))
 
 
 def unfiltered():
@@ -268,7 +274,6 @@ RECIPES = {
     "half, bias": (FIRST, []),
     "half, bias, short z": (FIRST, [short_z(0.25)]),
     "half, normalised z": (FIRST, [no_bias, normalised_z]),
-    "half, mirrored": (FIRST, [no_bias, mirror]),
     "half, augmented": (FIRST, [no_bias, augment]),
     "half, lazy penalty": (FIRST, [no_bias, lazy_penalty(4)]),
     "quiet": ({}, [quiet]),
@@ -276,7 +281,8 @@ RECIPES = {
     "quiet, unfiltered": ({}, [quiet, unfiltered]),
     "deeper": ({}, [deeper]),
     "patches": ({}, [patches]),
-    "mirrored": ({}, [mirror]),
+    "unmirrored": ({}, [unmirrored]),
+    "loud": ({}, [loud]),
     "augmented": ({}, [augment]),
     "decay": ({}, [decay(100_000)]),
     "R3GAN": ({"balance": 1}, [no_bias, r3gan(1.0)]),
