@@ -3059,8 +3059,8 @@ def describe_directions(run: Path, vectors: Tensor, strengths: Tensor) -> list[d
 
 
 def describe_sliders(jacobian: Tensor, mask: Tensor) -> list[dict]:
-    """The three to five sliders of a region as plain types: those that change it three times as much as the rest, as
-    far as there are. `reach`: the step that would change it by 45 grey levels, from 2 to 8."""
+    """The three to five sliders of a region as plain types: those whose mean square change of it is three times that of
+    the rest, as far as there are. `reach`: the step that would change it by 45 grey levels, from 2 to 8."""
     found: list[dict] = []
     for vector, inside, outside in zip(*region_sliders(jacobian, mask)):
         if len(found) < 3 or inside ** 2 >= 3 * outside ** 2:

@@ -97,6 +97,22 @@ def test_a_regions_slider_leaves_the_rest_alone():
     assert torch.linalg.eigh(matrix[inside].T @ matrix[inside])[1][2, -1].abs() > 0.9  # what JᵀMJ alone would choose
 
 
+def test_a_region_gets_the_sliders_that_are_its_own():
+    """Those whose square is at least three times that of what they do elsewhere, or else the best three."""
+    def kept(*shares: float) -> int:
+        matrix = torch.zeros(2, PIXELS // 2, 128)  # each number moves pixels of its own, in both halves
+        for number, share in enumerate(shares):
+            matrix[:, number::128, number] = torch.tensor([0.5, 0.5 * share])[:, None]
+        matrix = matrix.view(2, 3, SIZE // 2, SIZE, 128).transpose(0, 1).reshape(PIXELS, 128)
+        found = gan.describe_sliders(matrix, top_half())
+        for slider, share in zip(found, shares):
+            assert slider["outside"] == pytest.approx(share * slider["inside"], rel=0.01)
+        return len(found)
+    assert kept(0.1, 0.2, 0.3, 0.5, 0.55) == 5
+    assert kept(0.1, 0.2, 0.3, 0.5, 0.65) == 4
+    assert kept(0.6, 0.7, 0.8, 0.9, 0.95) == 3
+
+
 def test_regions_are_what_moves_together():
     """Halves that answer to different numbers share no region."""
     matrix = torch.zeros(3, SIZE, SIZE, 128)
@@ -111,6 +127,17 @@ def test_where_all_pixels_answer_alike_place_divides_them():
     found = gan.find_regions(torch.ones(PIXELS, 128), SIZE)
     assert len(found[:, SIZE // 2].unique()) > 1 and len(found.unique()) > 3
     assert torch.equal(found[:, 1:], found[:, 1:].flip(1))
+
+
+def test_regions_follow_both_answers_and_place():
+    """Answers that are the same along slanting bands: by place alone a region would be a third of the face high, by
+    answers alone as high as the face."""
+    row, column = torch.meshgrid(*[torch.arange(32) / 32] * 2, indexing="ij")
+    matrix, angle = torch.zeros(3, 32, 32, 128), math.pi * (column + 2 * row)
+    matrix[..., 0], matrix[..., 1] = angle.sin(), angle.cos()
+    found = gan.find_regions(matrix.view(-1, 128), 32)
+    heights = [row[found == number].max() - row[found == number].min() for number in found.unique()]
+    assert 0.4 < max(heights) < 0.7
 
 
 @pytest.mark.parametrize("size", [32, 80])
