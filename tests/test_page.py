@@ -363,9 +363,10 @@ def test_refusal_is_shown(page):
 
 
 def test_all_sliders_fit_a_phone(page):
-    """On a narrow screen nothing is wider than the screen."""
+    """On a narrow screen nothing is wider than the screen, and all tools are seen."""
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("document.querySelector('#tools').scrollWidth") <= 360 - 2 * 12
 
 
 # ---- touch, paint, directions ----
@@ -434,6 +435,7 @@ def test_brush_a_region(page, server):
     mask = np.reshape(asked_for.value.post_data_json["mask"], (32, 32))
     assert mask[16, 10] == mask[16, 15] == 1 and mask[:8].max() == mask[24:].max() == 0
     page.locator("#touched", has_text="What you brushed").wait_for()
+    assert page.locator("#parts [aria-pressed=true]").count() == 0
     expected = moved(post(server, "/api/region", **asked_for.value.post_data_json)["sliders"][0]["vector"],
                      push_to_the_end(page, "#touch", 0))
     await_shown(page, expected)
