@@ -211,6 +211,9 @@ def test_a_run_is_a_film(trained, tmp_path):
             assert (response.status, response.kind, film.size) == (200, "image/webp", (side, side))
             film.load()  # tells how many milliseconds its first frame lasts
             assert film.n_frames == len(get(site, "/api/samples")["epochs"]) and film.info["duration"] == 100
+    for grid in site.grids().values():
+        grid.unlink()
+    assert get(site, "/api/timelapse").status == 404 and get(site, "/api/samples")["epochs"] == []
 
 
 def test_a_film_passes_through_the_faces(site, run):
