@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote
@@ -268,14 +268,15 @@ def test_threads_share_forward_passes(site, run, monkeypatch):
 
 def test_a_drawing_that_fails_fails_for_all_who_wait_for_it(site, monkeypatch):
     """And nobody waits for ever; the next face is drawn."""
-    model, to_image = site.load(site.default_path), gan.to_image
-    asked = [(torch.zeros(gan.LATENT_SIZE), gan.Future()) for _ in range(3)]
-    model.waiting.extend(asked)
-    monkeypatch.setattr(gan, "to_image", lambda faces: 1 // 0)
-    with suppress(ZeroDivisionError):
-        model.draw_next()
-    assert all(future.done() and type(future.exception()) is ZeroDivisionError for _, future in asked)
-    monkeypatch.setattr(gan, "to_image", to_image)
+    model, go_on = site.load(site.default_path), threading.Event()
+    model.thread.submit(go_on.wait, PATIENCE)  # the pass before
+    with monkeypatch.context() as broken, ThreadPoolExecutor(3) as pool:
+        broken.setattr(gan, "to_image", lambda faces: 1 // 0)
+        asked = [pool.submit(model.draw, torch.zeros(gan.LATENT_SIZE)) for _ in range(3)]
+        while len(model.waiting) < 3 and not any(future.done() for future in asked):
+            go_on.wait(0.01)
+        go_on.set()
+        assert all(type(future.exception(PATIENCE)) is ZeroDivisionError for future in asked)
     assert site.respond("GET", target()).status == 200
 
 
