@@ -3218,25 +3218,21 @@ def data_url(image: Image.Image, kind: str = "PNG") -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-class Route(NamedTuple):
-    """What answers a path: a method of Site, after its fields are parsed (None: taken as they are); `heavy`: it takes a
-    second of all cores."""
-    method: str
-    answer: str
-    heavy: bool
-    fields: dict[str, Callable | None]
+class Route:
+    """What answers a path: the method of Site that this decorates. It gets the asked checkpoint's Model and the fields,
+    parsed (None: taken as they are), and returns a Response, a dictionary (JSON) or a picture (PNG). `heavy`: it takes
+    a second of all cores."""
+
+    def __init__(self, path: str, method: str = "GET", heavy: bool = False, **fields: Callable | None):
+        self.method, self.heavy, self.fields = method, heavy, fields
+        ROUTES[path] = self
+
+    def __call__(self, answer: Callable) -> Callable:
+        self.answer = answer.__name__
+        return answer
 
 
 ROUTES: dict[str, Route] = {}
-
-
-def route(path: str, method: str = "GET", heavy: bool = False, **fields: Callable | None) -> Callable:
-    """Declare the route that a method of Site answers: it gets the asked checkpoint's Model and the fields, and returns
-    a Response, a dictionary (JSON) or a picture (PNG)."""
-    def declare(answer: Callable) -> Callable:
-        ROUTES[path] = Route(method, answer.__name__, heavy, fields)
-        return answer
-    return declare
 
 
 class Model:
@@ -3331,23 +3327,23 @@ class Site:
             return Response(200, "application/json", json.dumps(answer).encode())
         return answer if isinstance(answer, Response) else Response(200, "image/png", png_bytes(answer))
 
-    @route("/")
+    @Route("/")
     def home(self, model: Model) -> Response:
         policy = f"{self.policy}; connect-src 'self'; frame-ancestors 'none'"
         return Response(200, "text/html; charset=utf-8", self.page.encode(), (("Content-Security-Policy", policy),))
 
-    @route("/generate", values=vector, scale=whole(1, 8, 1))
+    @Route("/generate", values=vector, scale=whole(1, 8, 1))
     def face(self, model: Model, values: Tensor, scale: int) -> Image.Image:
         return enlarged(model.draw(values), scale)
 
-    @route("/api/faces", "POST", vectors=vectors(1, 64), scale=whole(1, 8, 1))
+    @Route("/api/faces", "POST", vectors=vectors(1, 64), scale=whole(1, 8, 1))
     def faces(self, model: Model, vectors: Tensor, scale: int) -> Image.Image:
         """Many faces side by side, drawn in one pass."""
         if len(vectors) * scale > 256:
             raise BadRequest(400, "so many faces at this scale are too large: their product is at most 256")
         return enlarged(grid_image(draw(model.generator, vectors), len(vectors), 0), scale)
 
-    @route("/api/model")
+    @Route("/api/model")
     def model(self, model: Model) -> dict:
         """The run, its checkpoints with what the judge says of them, and sizes."""
         epochs = {name: int(name) if name.isdecimal() else self.load(path).facts["epoch"]
@@ -3366,19 +3362,19 @@ class Site:
         paths = (self.run / "samples").glob("epoch-*.png")
         return dict(sorted((int(path.stem[6:]), path) for path in paths if path.stem[6:].isdecimal()))
 
-    @route("/api/samples")
+    @Route("/api/samples")
     def samples(self, model: Model) -> dict:
         best = self.checkpoints().get("best")
         return {"epochs": list(self.grids()), "best": self.load(best).facts["epoch"] if best else None, "columns": 10,
                 "rows": 10, "tile": model.size, "gap": 2}
 
-    @route("/samples/EPOCH", epoch=whole(0, 9999))
+    @Route("/samples/EPOCH", epoch=whole(0, 9999))
     def grid(self, model: Model, epoch: int) -> Response:
         if epoch not in self.grids():
             raise BadRequest(404, "no grid of that epoch: see /api/samples")
         return Response(200, "image/png", self.grids()[epoch].read_bytes())
 
-    @route("/api/log")
+    @Route("/api/log")
     def log(self, model: Model) -> dict:
         """The log's lines: evenly thinned to 500, and as many of the judged ones."""
         lines = read_log(self.run)
@@ -3386,7 +3382,7 @@ class Site:
                 for line in part[::-1][::math.ceil(len(part) / 500) or 1]}
         return {"lines": [kept[epoch] for epoch in sorted(kept)]}
 
-    @route("/api/timelapse", heavy=True, face=whole(0, 100, 100))
+    @Route("/api/timelapse", heavy=True, face=whole(0, 100, 100))
     def timelapse(self, model: Model, face: int) -> Response:
         """The sample grids, or one face of them, as a film over the epochs."""
         paths, cell, frames = list(self.grids().values()), model.size + 2, []
@@ -3399,21 +3395,21 @@ class Site:
             raise BadRequest(404, "training wrote no sample grids here")
         return Response(200, "image/webp", webp_bytes(frames, 100))
 
-    @route("/api/film", "POST", heavy=True, vectors=vectors(2, MAX_FILM_FACES), scale=whole(1, 4, 2), loop=None)
+    @Route("/api/film", "POST", heavy=True, vectors=vectors(2, MAX_FILM_FACES), scale=whole(1, 4, 2), loop=None)
     def film(self, model: Model, vectors: Tensor, scale: int, loop) -> Response:
         images = pictures(draw(model.generator, film(vectors, loop=loop is True)))
         return Response(200, "image/webp", webp_bytes([enlarged(image, scale) for image in images]))
 
-    @route("/api/directions", heavy=True)
+    @Route("/api/directions", heavy=True)
     def directions(self, model: Model) -> dict:
         return {"directions": describe_directions(self.run, *self.strongest(model.generator))}
 
-    @route("/api/directions/name", "POST", heavy=True, index=whole(0, 9), name=label)
+    @Route("/api/directions/name", "POST", heavy=True, index=whole(0, 9), name=label)
     def rename(self, model: Model, index: int, name: str) -> dict:
         name_direction(self.run, self.strongest(model.generator)[0][index], name)
         return self.directions(model)
 
-    @route("/api/regions", "POST", heavy=True, values=vector)
+    @Route("/api/regions", "POST", heavy=True, values=vector)
     def regions(self, model: Model, values: Tensor) -> dict:
         """The face as the network divides it, and each region's name and sliders."""
         slopes = self.jacobian(model.generator, tuple(values.tolist()))
@@ -3423,15 +3419,15 @@ class Site:
                 "regions": [{"name": name, "sliders": describe_sliders(slopes, mask)}
                             for name, mask in zip(name_regions(masks), masks)]}
 
-    @route("/api/region", "POST", heavy=True, values=vector, mask=mask)
+    @Route("/api/region", "POST", heavy=True, values=vector, mask=mask)
     def region(self, model: Model, values: Tensor, mask: Tensor) -> dict:
         return {"sliders": describe_sliders(self.jacobian(model.generator, tuple(values.tolist())), mask)}
 
-    @route("/api/paint", "POST", heavy=True, values=vector, target=picture, mask=mask)
+    @Route("/api/paint", "POST", heavy=True, values=vector, target=picture, mask=mask)
     def paint(self, model: Model, values: Tensor, target: Tensor, mask: Tensor) -> dict:
         return self.fitted(model.generator, values, target, mask + KEEP_REST)
 
-    @route("/api/invert", "POST", heavy=True, target=picture,
+    @Route("/api/invert", "POST", heavy=True, target=picture,
            values=lambda value, size: None if value is None else vector(value, size))
     def invert(self, model: Model, values: Tensor | None, target: Tensor) -> dict:
         """One step to the face that is most like a target."""
@@ -3445,7 +3441,7 @@ class Site:
         before, now = distances_to(target, generator(torch.stack([z, better])), weights).tolist()
         return {"values": tidy(better), "distance": round(now, 3), "done": before - now < FIT_DONE}
 
-    @route("/api/photo", "POST", heavy=True, photo=upload, box=square)
+    @Route("/api/photo", "POST", heavy=True, photo=upload, box=square)
     def photo(self, model: Model, photo: Image.Image, box: Box | None) -> dict:
         """The faces in a photo, or what lies in the box, cut out as targets of /api/invert."""
         boxes, note, (width, height) = [box] if box else [], "", photo.size
@@ -3462,7 +3458,7 @@ class Site:
         photo.thumbnail((1000, 1000))
         return {"width": width, "height": height, "picture": data_url(photo, "JPEG"), "faces": faces, "note": note}
 
-    @route("/api/neighbours", "POST", heavy=True, values=vector)
+    @Route("/api/neighbours", "POST", heavy=True, values=vector)
     def neighbours(self, model: Model, values: Tensor) -> dict:
         """The training faces most like a face, in the judge's features."""
         try:
