@@ -2941,27 +2941,24 @@ def fits(generator: nn.Module, target: Tensor, weights: Tensor, most: int = 12) 
 # ================================================================================================
 
 def folded_layers(generator: Generator) -> list[dict]:
-    """The generator's evaluation as a list of operations with arrays, in order: convolve, bias, blur, relu, tanh. All
-    convolutions are transposed ones, weights (in, out, kernel, kernel). BatchNorm's scale is folded into the one before
-    it, also through a blur, its shift into a bias."""
+    """A generator in evaluation mode as a list of operations with arrays, in order: convolve, bias, blur, relu, tanh.
+    All convolutions are transposed ones, weights (in, out, kernel, kernel). BatchNorm's scale is folded into the one
+    before it, also through a blur; what it makes of the bias before it is the bias after it."""
     layers: list[dict] = []
     for layer in generator.layers:
         if isinstance(layer, nn.ConvTranspose2d | nn.Conv2d):
-            kernel, padding, weight = layer.kernel_size[0], int(layer.padding[0]), layer.weight.detach().clone()
+            kernel, padding, weight = layer.kernel_size[0], int(layer.padding[0]), layer.weight.clone()
             if isinstance(layer, nn.Conv2d):  # of stride 1: transposed, its kernel is turned round
                 padding, weight = kernel - 1 - padding, weight.transpose(0, 1).flip(2, 3)
             layers.append({"op": "convolve", "in": layer.in_channels, "out": layer.out_channels, "kernel": kernel,
                            "stride": layer.stride[0], "padding": padding, "weight": weight})
         elif isinstance(layer, Bias):
-            layers.append({"op": "bias", "data": layer.bias.detach().clone()})
-        elif isinstance(layer, nn.BatchNorm2d):
-            learnt = {name: value[..., None, None] for name, value in layer.state_dict().items()}
-            scale = learnt["weight"] / torch.sqrt(learnt["running_var"] + layer.eps)
-            shift = learnt["bias"] - learnt["running_mean"] * scale
-            if layers[-1]["op"] == "bias":
-                shift = shift + layers.pop()["data"] * scale
-            next(before for before in reversed(layers) if "weight" in before)["weight"] *= scale
-            layers.append({"op": "bias", "data": shift})
+            layers.append({"op": "bias", "data": layer.bias})
+        elif isinstance(layer, BatchNorm):
+            scale = layer.weight / torch.sqrt(layer.running_var + layer.eps)
+            bias = layers.pop()["data"] if layers[-1]["op"] == "bias" else torch.zeros(len(scale), 1, 1)
+            next(before for before in reversed(layers) if "weight" in before)["weight"] *= scale[:, None, None]
+            layers.append({"op": "bias", "data": layer(bias[None])[0]})
         else:
             layers.append({"op": {Blur: "blur", nn.ReLU: "relu", nn.Tanh: "tanh"}[type(layer)]})
     return layers
