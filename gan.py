@@ -2967,16 +2967,12 @@ def folded_layers(generator: Generator) -> list[dict]:
 def network_json(generator: Generator, facts: dict, directions: list[dict]) -> str:
     """The generator as JSON for the page: weights in float16, biases in float32, both base64, little-endian, in the
     order in which the page reads them: (kernel, kernel, in, out), and channels last."""
-    def packed(array: Tensor, kind: str) -> str:
-        return base64.b64encode(array.contiguous().numpy().astype(kind).tobytes()).decode()
-    layers = folded_layers(generator)
-    for layer in layers:
-        if "weight" in layer:
-            layer["weight"] = packed(layer["weight"].permute(2, 3, 0, 1), "<f2")
-        if "data" in layer:
-            layer["data"] = packed(layer["data"].permute(1, 2, 0), "<f4")
+    def packed(array: Tensor) -> str:
+        order, kind = ((2, 3, 0, 1), "<f2") if array.dim() == 4 else ((1, 2, 0), "<f4")
+        return base64.b64encode(array.permute(order).numpy().astype(kind).tobytes()).decode()
     return json.dumps({"format": 1, "model": facts["model"], "epoch": facts["epoch"], "image_size": facts["image_size"],
-                       "latent_size": LATENT_SIZE, "directions": directions, "layers": layers})
+                       "latent_size": LATENT_SIZE, "directions": directions, "layers": folded_layers(generator)},
+                      default=packed)
 
 
 def read_page() -> tuple[str, str]:
