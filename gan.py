@@ -3499,23 +3499,24 @@ class Connection(StreamRequestHandler):
         try:
             while self.exchange():
                 pass
-        finally:
-            self.server.places.release()
-
-    def exchange(self) -> bool:
-        """Answer one request. Returns whether the connection goes on."""
-        self.receive(lambda: b"\r\n\r\n" in self.received or len(self.received) > MAX_REQUEST_LINE + MAX_HEADER_BYTES)
-        if not self.received:
-            return False
-        head, end, self.received = self.received.partition(b"\r\n\r\n")
-        try:
-            method, target, headers, keep = read_head(bytes(head + end))
-            self.server.check_names(headers)
         except BadRequest as error:
             self.send(error.response, keep=False)
             self.connection.shutdown(socket.SHUT_WR)
             self.receive(self.received.clear)  # to the end: a client that still sends would not see the answer
+        finally:
+            self.server.places.release()
+
+    def exchange(self) -> bool:
+        """Answer one request. Returns whether the connection goes on; BadRequest where it cannot."""
+        self.receive(lambda: b"\r\n\r\n" in self.received or len(self.received) > MAX_REQUEST_LINE + MAX_HEADER_BYTES)
+        if not self.received:
             return False
+        head, end, self.received = self.received.partition(b"\r\n\r\n")
+        method, target, headers, keep = read_head(bytes(head + end))
+        host = headers["Host"]
+        page = headers.get("Origin", host).removeprefix("http://")  # what no page asks has no Origin
+        if not (self.server.is_own_name(host) and self.server.is_own_name(page)):
+            raise BadRequest(403, "this server answers to its own name and page alone (Host and Origin headers)")
         length = int(headers.get("Content-Length", 0))
         with self.server.large if length > MAX_BODY_BYTES else nullcontext():
             if headers.get("Expect", "").lower() == "100-continue":
@@ -3576,12 +3577,6 @@ class Server(ThreadingTCPServer):
         with suppress(ValueError):
             return bool(ip_address(match[1]))
         return match[1] in ("localhost", socket.gethostname().lower())
-
-    def check_names(self, headers: HTTPMessage) -> None:
-        """BadRequest unless a request comes from a page of ours or from no page."""
-        host, page = headers["Host"], headers.get("Origin", headers["Host"]).removeprefix("http://")
-        if not (self.is_own_name(host) and self.is_own_name(page)):
-            raise BadRequest(403, "this server answers to its own name and page alone (Host and Origin headers)")
 
     def handle_error(self, request, client_address) -> None:
         """One line for a fault outside of answering; none for a client that went away or was too slow."""
