@@ -546,16 +546,6 @@ def find_faces(image: Image.Image) -> list[Box]:
     return squares
 
 
-def problem_of(square: Box, width: float, height: float, least: int) -> str:
-    """Why a square of a photo of this size is not used as a face, if so: less than `least` pixels wide, or too much of
-    it lies outside."""
-    left, top, right, bottom = square
-    side = right - left
-    inside = (min(right, width) - max(left, 0)) * (min(bottom, height) - max(top, 0)) / side ** 2
-    return (f"has a face too small to use ({side:.0f} pixels, not {least})" if side < least
-            else "has a face of which more than a fifth lies outside" if inside < 0.8 else "")
-
-
 def cut(image: Image.Image, square: Box, size: int, scale: float = 1) -> np.ndarray:
     """A square of a photo, of which a pixel of the RGB image stands for `scale`, as (size, size, 3) uint8; what lies
     outside is mirrored."""
@@ -577,10 +567,17 @@ def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[
     else:
         image, scale = open_photo(data, 2 * size / crop)
         least, squares = MIN_FACE_PIXELS, [crop_box(*image.size, crop)]
-    squares = [(scale * left, scale * top, scale * right, scale * bottom) for left, top, right, bottom in squares]
-    problems = [problem_of(square, scale * image.width, scale * image.height, least) for square in squares]
-    good = [square for square, problem in zip(squares, problems) if not problem]
-    refused = [problem for problem in problems if problem]
+    good: list[Box] = []
+    refused: list[str] = []
+    for left, top, right, bottom in squares:
+        side = right - left
+        inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0)) / side ** 2
+        if scale * side < least:
+            refused.append(f"has a face too small to use ({scale * side:.0f} pixels, not {least})")
+        elif inside < 0.8:
+            refused.append("has a face of which more than a fifth lies outside")
+        else:
+            good.append((scale * left, scale * top, scale * right, scale * bottom))
     if not good:
         raise ValueError(refused[0] if refused else "no face found")
     finer = size * scale / min(right - left for left, _, right, _ in good)
