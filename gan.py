@@ -469,13 +469,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.clip((grey + 128) // 257, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("holds floating-point numbers of unknown range")
-    if "transparency" in image.info or image.mode.upper().endswith("A"):
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def open_photo(data: bytes, enough: float = math.inf) -> tuple[Image.Image, float]:
+def open_photo(data: bytes, enough: float = MAX_PIXELS) -> tuple[Image.Image, float]:
     """Decode a photo, upright as its EXIF says and in RGB. Where `enough` pixels of width and height will do, a JPEG
     decoder shrinks larger photos for free.
 
@@ -485,8 +485,7 @@ def open_photo(data: bytes, enough: float = math.inf) -> tuple[Image.Image, floa
         full = max(image.size)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"has too many pixels ({image.width}×{image.height})")
-        if enough < full:
-            image.draft(None, (math.ceil(enough), math.ceil(enough)))
+        image.draft(None, (math.ceil(enough), math.ceil(enough)))  # never larger than it is
         ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image), full / max(image.size)
     except UnidentifiedImageError:  # Pillow's message holds an address in memory
@@ -1108,11 +1107,10 @@ def grid_image(images: Tensor, columns: int = 10, gap: int = 2) -> Image.Image:
     """uint8 images (N, 3, S, S) as one picture, row by row, `gap` white pixels apart."""
     count, _, size, _ = images.shape
     cell, rows = size + gap, math.ceil(count / columns)
-    canvas = np.full((rows * cell + gap, min(columns, count) * cell + gap, 3), 255, np.uint8)
+    canvas = Image.new("RGB", (min(columns, count) * cell + gap, rows * cell + gap), "white")
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        top, left = gap + i // columns * cell, gap + i % columns * cell
-        canvas[top:top + size, left:left + size] = image
-    return Image.fromarray(canvas)
+        canvas.paste(Image.fromarray(image), (gap + i % columns * cell, gap + i // columns * cell))
+    return canvas
 
 
 def write_grid(path: Path, images: Tensor) -> None:
