@@ -136,13 +136,16 @@ def image_sizes() -> list[int]:
     return sorted(size for size in sizes if 32 <= size <= 256)
 
 
-def between(low: float, high: float, kind: Callable = int) -> Callable[[str], float]:
-    """A parser of numbers from low to high, whole ones unless `kind` is float."""
-    def parse(text: str) -> float:
+def between(low: float, high: float, kind: Callable = int, words: tuple[str, ...] = ()) -> Callable:
+    """A parser of numbers from low to high, whole ones unless `kind` is float, or of one of the words."""
+    def parse(text: str) -> float | str:
+        if text.lower() in words:
+            return text.lower()
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
+            wanted = " nor ".join([*words, f"a {'whole ' * (kind is int)}number"])
+            raise argparse.ArgumentTypeError(f"{text!r} is {'neither' if words else 'not'} {wanted}") from None
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
@@ -157,20 +160,6 @@ def one_of(*choices: str | int) -> Callable[[str], str | int]:
                 return choice
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, choices))}")
     return parse
-
-
-def balance_rule(text: str) -> str | int:
-    """Parse 'accuracy', 'half' or a fixed number of discriminator updates a generator update."""
-    if text.lower() in ("accuracy", "half"):
-        return text.lower()
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither accuracy nor half nor a whole number")
-    return int(between(1, 1000)(text))
-
-
-def crop_rule(text: str) -> str | float:
-    """Parse 'face' or a share from 0.05 to 1."""
-    return "face" if text.lower() == "face" else between(0.05, 1, float)(text)
 
 
 def setting(default, help: str, parse: Callable = str, metavar: str | None = None, fixed: bool = False,
@@ -194,7 +183,7 @@ class PrepareSettings:
     data: str = setting("data", "folder to write the dataset to", metavar="DIR")
     size: int = setting(80, "side of a face in pixels", one_of(*image_sizes()), "PIXELS")
     crop: str | float = setting(0.5, "'face' (every face that is found; needs OpenCV) or the central share of width "
-                                "and height to keep, 1 for all", crop_rule, "SHARE|face")
+                                "and height to keep, 1 for all", between(0.05, 1, float, ("face",)), "SHARE|face")
     per_person: int = setting(0, "photos of one folder (one person) at most, 0 for two of each and, while --limit is "
                               "not reached, more", between(0, 10**6), "N")
     limit: int = setting(2000, "faces to train on at most, 0 for all", between(0, 10**7), "N")
@@ -213,7 +202,7 @@ class TrainSettings:
     width: int = setting(64, "channels of the widest layers / 8", between(4, 512), "N", fixed=True)
     balance: str | int = setting("accuracy", "'accuracy' (train the network that is behind), 'half' (the first "
                                  "rule: see the README) or discriminator updates a generator update",
-                                 balance_rule, "RULE")
+                                 between(1, 1000, words=("accuracy", "half")), "RULE")
     learning_rate: float | None = setting(None, "of both networks (default: the papers' 2e-4 for DCGAN and 5e-5 for "
                                           "WGAN, 4e-4 for WGAN-GP)", between(1e-7, 1.0, float), "RATE")
     clip: float = setting(0.1, "WGAN: limit of a discriminator weight", between(1e-4, 100.0, float), "LIMIT")
