@@ -1730,25 +1730,11 @@ def append_log(run: Path, line: dict) -> None:
         raise UserError(f"cannot write {run / 'log.jsonl'}: {one_line(error)}") from None
 
 
-def draw_spectrum(panel: Any, line: dict) -> None:
-    """The power of drawn faces over that of real ones at 1, 2, … cycles an image, from an epoch's line of the log."""
-    panel.axhspan(0.8, 1.25, color="green", alpha=0.15)
-    panel.plot(range(1, len(line["spectrum"]) + 1), line["spectrum"], marker=".", label=f"epoch {line['epoch']}")
-    panel.set(ylabel="power over real faces'", xlabel="cycles an image", yscale="log")
-    panel.grid(alpha=0.3)
-    panel.legend(loc="best", fontsize="small")
-
-
 def draw_curves(run: Path, lines: list[dict]) -> None:
-    """Draw curves.png: accuracies, losses, share of discriminator updates and the judge's scores over the epochs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Draw curves.png: accuracies, losses, share of discriminator updates and the judge's scores over the epochs, and
+    the last known power of drawn faces over that of real ones at 1, 2, … cycles an image."""
+    from matplotlib.figure import Figure  # draws to memory: no window, no display needed
     judged, spectra = ([line for line in lines if name in line] for name in ("scores", "spectrum"))
-    count = 6 if judged else 3
-    figure = Figure(figsize=(9, 2.8 * (count + bool(spectra))), layout="constrained")
-    FigureCanvasAgg(figure)  # draws to memory: no window, no display needed
-    panels = [figure.add_subplot(count + bool(spectra), 1, 1)]
-    panels += [figure.add_subplot(count + bool(spectra), 1, 2 + i, sharex=panels[0]) for i in range(count - 1)]
     share = {"ylim": (-0.02, 1.02)}
     contents: list[tuple[str, list[str], dict[str, Any]]] = [
         ("accuracy", ["discriminator_accuracy", "generator_accuracy"], share),
@@ -1757,23 +1743,28 @@ def draw_curves(run: Path, lines: list[dict]) -> None:
         ("distance over real faces'", ["distance"], {"yscale": "log"}),
         ("share", ["precision", "recall", "coverage"], share),
         ("similarity, memory", ["ms_ssim", "ms_ssim_real", "memory"], {})]
+    count = (6 if judged else 3) + bool(spectra)
+    figure = Figure(figsize=(9, 2.8 * count), layout="constrained")
+    panels = figure.subplots(count)
+    rows = [line | line.get("scores", {}) for line in lines]
     for panel, (title, names, scale) in zip(panels, contents):
         for name in names:
-            rows = lines if name in COLUMNS else [{"epoch": line["epoch"], **line["scores"]} for line in judged]
-            values = [math.nan if row.get(name) is None else row[name] for row in rows]  # a log of before lacks some
-            marker = "." if len(rows) < 50 else ""
-            panel.plot([row["epoch"] for row in rows], values, label=name.replace("_", " "), marker=marker)
+            known = [row for row in rows if row.get(name) is not None]  # an epoch or a log of before lacks some
+            panel.plot([row["epoch"] for row in known], [row[name] for row in known], label=name.replace("_", " "),
+                       marker="." if len(known) < 50 else "")
         for line in judged:
             if line["collapsed"]:
                 panel.axvline(line["epoch"], color="red", alpha=0.3)
-        panel.set(ylabel=title, **scale)
-        panel.grid(alpha=0.3)
-        if len(names) > 1:
-            panel.legend(loc="best", fontsize="small")
-    panels[-1].set_xlabel("epoch")
-    panels[0].set_title(str(run))
+        panel.set(ylabel=title, xlabel="epoch", xlim=(0, lines[-1]["epoch"] + 1), **scale)
     if spectra:
-        draw_spectrum(figure.add_subplot(count + 1, 1, count + 1), spectra[-1])
+        power, epoch = spectra[-1]["spectrum"], spectra[-1]["epoch"]
+        panels[-1].axhspan(0.8, 1.25, color="green", alpha=0.15)
+        panels[-1].plot(range(1, len(power) + 1), power, marker=".", label=f"epoch {epoch}")
+        panels[-1].set(ylabel="power over real faces'", xlabel="cycles an image", yscale="log")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    panels[0].set_title(str(run))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     atomic_write(run / "curves.png", buffer.getvalue())
