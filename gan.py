@@ -56,7 +56,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
@@ -1824,7 +1824,8 @@ class Writer:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold a run folder for this process. The system lets go of it when the process ends, however it ends."""
+    """Make a run folder and hold it for this process. The system lets go when the process ends, however it ends."""
+    run.mkdir(parents=True, exist_ok=True)
     with open(run / "train.lock", "a+") as file:
         try:
             if sys.platform != "win32":
@@ -1853,30 +1854,19 @@ def is_kept(epoch: int, every: int | None, per_doubling: int) -> bool:
 
 
 class Run:
-    """A run's folder while it is trained: its state on disk, its log, its pictures. Enter it to hold the folder;
-    leaving it waits for what is still to be written."""
+    """A run's folder while it is trained: its state on disk, its log, its pictures."""
     GRIDS_PER_DOUBLING = 35  # each epoch up to 50, then 2 % apart: some 250 of 3,000 epochs
     CHECKPOINTS_PER_DOUBLING = 1  # 1, 2, 4, 8, …
 
-    def __init__(self, settings: TrainSettings, faces: TrainingFaces):
-        self.path, self.settings, self.faces = Path(settings.run or f"runs/{settings.model.lower()}"), settings, faces
+    def __init__(self, path: Path, settings: TrainSettings, faces: TrainingFaces, writer: Writer):
+        self.path, self.settings, self.faces, self.writer = path, settings, faces, writer
         self.fixed_z = draw_latents(100, settings.seed)
         self.log: list[dict] = []
-
-    def __enter__(self) -> Run:
-        (self.path / "samples").mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            stack.enter_context(locked(self.path))
-            self.writer = stack.enter_context(Writer())
-            self.held = stack.pop_all()
-        return self
-
-    def __exit__(self, *failure) -> None:
-        self.held.__exit__(*failure)
 
     def resume(self, pair: Pair) -> None:
         """Give the networks the state that --checkpoint names, else the newest, and the log its epochs; where there is
         none, begin the run with grids of real and of untrained faces. UserError where settings or faces do not fit."""
+        (self.path / "samples").mkdir(exist_ok=True)
         for folder in (self.path, self.path / "samples"):
             remove_orphans(folder)
         path, state = checkpoint_to_go_on_from(self.path, self.settings.checkpoint)
@@ -2617,7 +2607,7 @@ def minibatches(pair: Pair, faces: TrainingFaces, epochs: int) -> Iterator[bool]
 
 def follow(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
     """What each rank but the first does: it trains, and leaves everything else to that one. Returns the exit code."""
-    with StopRequest() as pair.ranks.request:
+    with pair.ranks.request as stop:
         pair.share_state()
         for ended in minibatches(pair, faces, settings.epochs):
             if ended:
@@ -2628,8 +2618,9 @@ def follow(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
 def lead(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
     """What a process alone or the first rank does: it trains, and reads, judges, writes and prints besides. Returns the
     exit code."""
-    with Run(settings, faces) as run, StopRequest() as stop:
-        pair.ranks.request = stop
+    path = Path(settings.run or f"runs/{settings.model.lower()}")
+    with locked(path), Writer() as writer, pair.ranks.request as stop:
+        run = Run(path, settings, faces, writer)
         run.resume(pair)
         pair.share_state()
         progress = pair.progress
