@@ -1923,14 +1923,11 @@ class Run:
         path = self.path / "samples" / f"epoch-{epoch:05d}.png"
         self.writer.ask(write_grid, path, draw(pair.averaged, self.fixed_z))
 
-    def save_unfinished(self, pair: Pair) -> None:
-        """Write last.pt in the middle of an epoch, which is as good a place to go on from as its end."""
+    def save(self, pair: Pair, name: str = "") -> None:
+        """Write a checkpoint: the named one, or last.pt. The middle of an epoch is as good a place to go on from as its
+        end."""
         if pair.progress.minibatch:
             self.check_finite(pair)
-        self.save(pair)
-
-    def save(self, pair: Pair, name: str = "") -> None:
-        """Write a checkpoint: the named one, or last.pt."""
         state = {"version": CHECKPOINT_FORMAT, "settings": asdict(self.settings), "image_size": self.faces.size,
                  "faces": [file["sha256"] for file in self.faces.files],
                  "scores": self.log[-1].get("scores") if self.log else None, **pair.state()}
@@ -2612,7 +2609,7 @@ def follow(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
         for ended in minibatches(pair, faces, settings.epochs):
             if ended:
                 pair.finish_epoch()
-        return pair.ranks.request.code or 0
+        return stop.code or 0
 
 
 def lead(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
@@ -2649,10 +2646,10 @@ def lead(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
                         if line.get("collapsed") and settings.stop_on_collapse:
                             stop.code = COLLAPSED
             except DamagedFaces:
-                run.save_unfinished(pair)
+                run.save(pair)
                 raise
         if stop.code:
-            run.save_unfinished(pair)
+            run.save(pair)
     if stop.code:
         say(f"stopped in epoch {progress.epoch + 1} and saved; the same command goes on from there")
         return stop.code
