@@ -1713,11 +1713,9 @@ def save_last(run: Path, state: dict) -> None:
 def read_log(run: Path, up_to_epoch: float = math.inf) -> list[dict]:
     """The lines of log.jsonl, without those of later epochs and a last one that a kill cut short."""
     lines = []
-    try:
+    with suppress(FileNotFoundError, ValueError):
         for text in (run / "log.jsonl").read_text("utf-8").splitlines():
             lines.append(json.loads(text))
-    except (FileNotFoundError, ValueError):
-        pass
     return [line for line in lines if line["epoch"] <= up_to_epoch]
 
 
@@ -1803,13 +1801,12 @@ class Writer:
         while self.waiting and (self.waiting[0].done() or len(self.waiting) >= self.MOST_WAITING):
             self.waiting.popleft().result()
         before = self.waiting[-1] if self.waiting else None
-        self.waiting.append(self.thread.submit(self.write_after, before, write, arguments))
 
-    @staticmethod
-    def write_after(before: Future | None, write: Callable, arguments: tuple) -> None:
-        if before:
-            before.result()
-        write(*arguments)
+        def write_after() -> None:
+            if before:
+                before.result()
+            write(*arguments)
+        self.waiting.append(self.thread.submit(write_after))
 
     def finish(self) -> None:
         """Wait until all is written that was asked for."""
@@ -1931,7 +1928,7 @@ class Run:
         state = {"version": CHECKPOINT_FORMAT, "settings": asdict(self.settings), "image_size": self.faces.size,
                  "faces": [file["sha256"] for file in self.faces.files],
                  "scores": self.log[-1].get("scores") if self.log else None, **pair.state()}
-        self.writer.ask(*((write_checkpoint, self.path / name) if name else (save_last, self.path)), state)
+        self.writer.ask(partial(write_checkpoint, self.path / name) if name else partial(save_last, self.path), state)
 
 
 # ================================================================================================
