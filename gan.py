@@ -2675,20 +2675,15 @@ def film(vectors: Tensor, frames: int = 24, loop: bool = False) -> Tensor:
     """Latent vectors on the way through `vectors` (N, 128), so many a leg, the last one at its end: (M, 128).
 
     Spherical interpolation: straight lines would pass shorter vectors, whose faces are pale."""
-    ends = torch.cat([vectors[1:], vectors[:1]]) if loop else vectors[1:]
+    ends = vectors.roll(-1, 0) if loop else vectors[1:]
+    a, b = vectors[:len(ends), None], ends[:, None]  # of each leg, (legs, 1, 128)
     t = (torch.arange(frames) / frames)[:, None]
-    legs = []
-    for start, end in zip(vectors, ends):
-        cosine = F.cosine_similarity(start, end, 0).clamp(-1, 1)
-        angle = torch.arccos(cosine)
-        if angle.sin() < 1e-3:
-            legs.append(start.lerp(end, t))
-        else:
-            length = start.norm().lerp(end.norm(), t)
-            a, b = F.normalize(start, dim=0), F.normalize(end, dim=0)
-            way = torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b
-            legs.append(way / angle.sin() * length)
-    return torch.cat([*legs, *([] if loop else [vectors[-1:]])])
+    angle = F.cosine_similarity(a, b, 2).clamp(-1, 1).arccos()[..., None]
+    towards_a, towards_b = F.normalize(a, dim=2), F.normalize(b, dim=2)
+    way = torch.sin((1 - t) * angle) * towards_a + torch.sin(t * angle) * towards_b
+    length = torch.lerp(a.norm(dim=2, keepdim=True), b.norm(dim=2, keepdim=True), t)
+    legs = torch.where(angle.sin() < 1e-3, torch.lerp(a, b, t), way / angle.sin() * length)
+    return torch.cat([legs.flatten(0, 1), *([] if loop else [vectors[-1:]])])
 
 
 def webp_bytes(frames: list[Image.Image], milliseconds: int = 60) -> bytes:
