@@ -2694,12 +2694,6 @@ def webp_bytes(frames: list[Image.Image], milliseconds: int = 60) -> bytes:
     return buffer.getvalue()
 
 
-def enlarged(image: Image.Image, scale: int) -> Image.Image:
-    """A picture in `scale` times its size."""
-    size = image.width * scale, image.height * scale
-    return image if scale == 1 else image.resize(size, Image.Resampling.BICUBIC)
-
-
 def pictures(images: Tensor) -> list[Image.Image]:
     """uint8 images (N, 3, S, S) as Pillow's."""
     return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).contiguous().numpy()]
@@ -2723,7 +2717,7 @@ def generate(settings: GenerateSettings) -> int:
             bar.update(len(images))
     if settings.interpolate:
         frames = pictures(draw(generator, film(z[:MAX_FILM_FACES])))
-        atomic_write(Path(f"{out}-film.webp"), webp_bytes([enlarged(frame, 2) for frame in frames]))
+        atomic_write(Path(f"{out}-film.webp"), webp_bytes([ImageOps.scale(frame, 2) for frame in frames]))
     say(f"{settings.count} faces of {path} (epoch {facts['epoch']}, seed {settings.seed}) in {out}; look at {grid}")
     return 0
 
@@ -3282,14 +3276,14 @@ class Site:
 
     @Route("/generate", values=vector, scale=whole(1, 8, 1))
     def face(self, model: Model, values: Tensor, scale: int) -> Image.Image:
-        return enlarged(model.draw(values), scale)
+        return ImageOps.scale(model.draw(values), scale)
 
     @Route("/api/faces", "POST", vectors=vectors(1, 64), scale=whole(1, 8, 1))
     def faces(self, model: Model, vectors: Tensor, scale: int) -> Image.Image:
         """Many faces side by side, drawn in one pass."""
         if len(vectors) * scale > 256:
             raise BadRequest(400, "so many faces at this scale are too large: their product is at most 256")
-        return enlarged(grid_image(draw(model.generator, vectors), len(vectors), 0), scale)
+        return ImageOps.scale(grid_image(draw(model.generator, vectors), len(vectors), 0), scale)
 
     @Route("/api/model")
     def model(self, model: Model) -> dict:
@@ -3336,9 +3330,10 @@ class Site:
         paths, cell, frames = list(self.grids().values()), model.size + 2, []
         left, top = 2 + face % 10 * cell, 2 + face // 10 * cell
         for path in paths[::math.ceil(len(paths) / 120) or 1]:
-            with Image.open(path) as grid:
-                frames.append(grid.convert("RGB").reduce(2) if face == 100 else
-                              enlarged(grid.convert("RGB").crop((left, top, left + model.size, top + model.size)), 3))
+            with Image.open(path) as file:
+                grid = file.convert("RGB")
+                frames.append(grid.reduce(2) if face == 100 else
+                              ImageOps.scale(grid.crop((left, top, left + model.size, top + model.size)), 3))
         if not frames:
             raise BadRequest(404, "training wrote no sample grids here")
         return Response(200, "image/webp", webp_bytes(frames, 100))
@@ -3346,7 +3341,7 @@ class Site:
     @Route("/api/film", "POST", heavy=True, vectors=vectors(2, MAX_FILM_FACES), scale=whole(1, 4, 2), loop=None)
     def film(self, model: Model, vectors: Tensor, scale: int, loop) -> Response:
         images = pictures(draw(model.generator, film(vectors, loop=loop is True)))
-        return Response(200, "image/webp", webp_bytes([enlarged(image, scale) for image in images]))
+        return Response(200, "image/webp", webp_bytes([ImageOps.scale(image, scale) for image in images]))
 
     @Route("/api/directions", heavy=True)
     def directions(self, model: Model) -> dict:
