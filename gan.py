@@ -2770,14 +2770,13 @@ def region_sliders(jacobian: Tensor, mask: Tensor, count: int = 5) -> tuple[Tens
     weights = mask.flatten().repeat(3)[:, None]
     inside, outside = jacobian.T @ (jacobian * weights), jacobian.T @ (jacobian * (1 - weights))
     damped = outside + 0.05 * outside.diagonal().mean().clamp_min(1e-9) * torch.eye(len(outside))
-    root = torch.linalg.cholesky(damped)
-    half = torch.linalg.solve_triangular(root, inside, upper=False)
-    vectors = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.T, upper=False))[1][:, -count:].flip(1)
-    vectors = F.normalize(torch.linalg.solve_triangular(root.T, vectors, upper=True), dim=0).T
-    change_inside, change_outside = (
-        ((vectors @ square * vectors).sum(1).clamp_min(0) / share.sum().clamp_min(1)).sqrt() * GREY_LEVELS
-        for square, share in ((inside, weights), (outside, 1 - weights)))
-    return vectors, change_inside, change_outside
+    whiten = torch.linalg.inv(torch.linalg.cholesky(damped))
+    vectors = torch.linalg.eigh(whiten @ inside @ whiten.T)[1][:, -count:].flip(1)
+    vectors = F.normalize(whiten.T @ vectors, dim=0)
+    squares = (jacobian @ vectors).square()
+    change_inside, change_outside = (((squares * share).sum(0) / share.sum().clamp_min(1)).sqrt() * GREY_LEVELS
+                                     for share in (weights, 1 - weights))
+    return vectors.T, change_inside, change_outside
 
 
 @torch.no_grad()
