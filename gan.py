@@ -1465,9 +1465,8 @@ class Objective(ABC):
         return torch.optim.Adam(network.parameters(), self.learning_rate, betas, fused=True, capturable=on_gpu(network))
 
     def penalty(self, discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
-        """What a discriminator update adds to its loss for each of the faces (N, 3, S, S), mix (N,) uniform in [0, 1]:
-        (N,), here nothing."""
-        return torch.zeros_like(mix)
+        """What a discriminator update adds to its loss; faces (N, 3, S, S), mix (N,) uniform in [0, 1]: nothing."""
+        return real.new_zeros(())
 
     def constrain(self, discriminator: nn.Module) -> None:
         """What is done to the weights after a discriminator update. Here nothing."""
@@ -1537,9 +1536,10 @@ class WGANGP(WGAN):
         return float(np.interp(images_seen, (10_000, 40_000, 100_000), (0, 1, 0.3)))
 
     def penalty(self, discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
-        """10 · (‖gradient‖ - 1)² at real·mix + fake·(1 - mix), the Euclidean norm over all inputs of a face."""
+        """10 · mean over samples of (‖gradient‖ - 1)² at real·mix + fake·(1 - mix); the Euclidean norm is taken
+        over all inputs of a sample."""
         gradient = discriminator.input_gradient(torch.lerp(fake, real, mix[:, None, None, None]))
-        return 10 * (at_least_float32(gradient).flatten(1).norm(dim=1) - 1).square()
+        return 10 * (at_least_float32(gradient).flatten(1).norm(dim=1) - 1).square().mean()
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"DCGAN": DCGAN, "WGAN": WGAN, "WGAN-GP": WGANGP}
@@ -2264,7 +2264,6 @@ def judge(settings: JudgeSettings) -> int:
 # ================================================================================================
 
 AVERAGE_HALF_LIFE = 0.05  # of the averaged generator, as a share of the images seen: it forgets the beginning of a run
-PENALTY_EVERY = 5  # the penalty looks at every fifth face of a minibatch: as good as all (tests/RESULTS.md), and faster
 STATISTICS_FACES = 500  # of which the averaged generator's BatchNorm takes its statistics
 COLLAPSED = 3  # the exit code of --stop-on-collapse
 
@@ -2444,8 +2443,7 @@ class Pair:
         self.share, part = len(real) / faces.item(), self.ranks.part(int(faces))
         self.real, self.row = torch.empty_like(real), real.new_empty(len(COLUMNS))
         self.all_z, self.all_mix = real.new_empty(int(faces), LATENT_SIZE), real.new_empty(int(faces))
-        self.penalised = slice(-part.start % PENALTY_EVERY, None, PENALTY_EVERY)  # of this rank's faces
-        self.z, self.mix = self.all_z[part], self.all_mix[part][self.penalised]
+        self.z, self.mix = self.all_z[part], self.all_mix[part]
 
     def plain_steps(self, keep_graph: bool) -> dict[str, Callable[[], None]]:
         """The steps by name, in an order in which they can be recorded: with keep_graph, both updates can follow one
@@ -2480,9 +2478,8 @@ class Pair:
         loss, penalty = self.losses[turn], self.row.new_full((), math.nan)
         if turn == "discriminator":
             with self.autocast():
-                real, fake = self.real[self.penalised].to(self.fake.dtype), self.fake[self.penalised].detach()
-                penalties = self.objective.penalty(self.discriminator, real, fake, self.mix.to(fake.dtype))
-                penalty = penalties.sum() / len(self.all_mix[::PENALTY_EVERY])
+                penalty = self.share * self.objective.penalty(
+                    self.discriminator, self.real.to(self.fake.dtype), self.fake.detach(), self.mix.to(self.fake.dtype))
             loss = loss + penalty
         weights = list(self.networks()[turn].parameters())
         self.optimizers[turn].zero_grad()

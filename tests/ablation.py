@@ -114,7 +114,7 @@ def lazy_penalty(every: int):
             gan.WGANGP.due = self.progress.discriminator_updates % every == 0
             update(self, turn, keep_graph)
         Pair.update = lazily
-        gan.WGANGP.penalty = lambda self, *a: every * penalty(self, *a) if self.due else torch.zeros_like(a[-1])
+        gan.WGANGP.penalty = lambda self, *a: every * penalty(self, *a) if self.due else a[1].new_zeros(())
     return patch
 
 
@@ -230,8 +230,8 @@ def r3gan(gamma: float):
             return F.softplus(fake - real).mean()
 
         def penalty(self, discriminator, real, fake, mix):
-            gradient = gan.at_least_float32(discriminator.input_gradient(torch.cat((real, fake))))
-            return gamma / 2 * gradient.flatten(1).square().sum(1).view(2, -1).sum(0)
+            gradient = discriminator.input_gradient(torch.cat((real, fake)))
+            return gamma * gan.at_least_float32(gradient).flatten(1).square().sum(1).mean()  # γ/2 of either half
         gan.WGANGP.optimizer, gan.WGANGP.discriminator_loss, gan.WGANGP.penalty = optimizer, discriminator_loss, penalty
         gan.WGANGP.generator_loss = lambda self, fake: F.softplus(scores["real"] - fake).mean()
     return patch

@@ -92,7 +92,7 @@ class Reference:
         else:
             loss = s_fake.mean() - s_real.mean()
         if self.model == "WGAN-GP":
-            loss = loss + self.penalty(real[::5], fake[::5], mix[::5])
+            loss = loss + self.penalty(real, fake, mix)
         loss.backward()
         self.optimizer_d.step()
         if self.model == "WGAN":
