@@ -118,6 +118,14 @@ def lazy_penalty(every: int):
     return patch
 
 
+def sparse_penalty(every: int):
+    """The gradient penalty at each `every`-th face of a minibatch."""
+    def patch():
+        penalty = gan.WGANGP.penalty
+        gan.WGANGP.penalty = lambda self, discriminator, *faces: penalty(self, discriminator, *(x[::every] for x in faces))
+    return patch
+
+
 def normalised_z():
     """Latent vectors scaled to the length that most have, √128: those with many numbers near 0 draw faces like any."""
     forward = gan.Generator.forward
@@ -283,6 +291,8 @@ RECIPES = {
     "patches": ({}, [patches]),
     "unmirrored": ({}, [unmirrored]),
     "loud": ({}, [loud]),
+    "penalty at every fifth": ({}, [sparse_penalty(5)]),
+    "minibatches of 10": ({"batch_size": 10, "learning_rate": 2.8e-4}, []),
     "augmented": ({}, [augment]),
     "decay": ({}, [decay(100_000)]),
     "R3GAN": ({"balance": 1}, [no_bias, r3gan(1.0)]),

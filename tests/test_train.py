@@ -665,7 +665,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(trained, dataset,
     """A limit on the size of files stands for a full disk: exit 1, the path and the reason, last.pt whole."""
     run = tmp_path / "run"
     gan.shutil.copytree(trained, run)
-    limit = (run / "last.pt").stat().st_size // 2
+    limit = (run / "last.pt").stat().st_size * 9 // 10
     code = (f"import resource, signal, sys, gan; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(gan.main(sys.argv[1:]))")
     done = subprocess.run([sys.executable, "-c", code, "train", "--data", dataset, "--run", run, "--width", "4",
