@@ -268,13 +268,18 @@ def test_threads_share_forward_passes(site, run, monkeypatch):
 
 def test_a_drawing_that_fails_fails_for_all_who_wait_for_it(site, monkeypatch):
     """And nobody waits for ever; the next face is drawn."""
-    model, go_on = site.load(site.default_path), threading.Event()
+    model, go_on, asked_for = site.load(site.default_path), threading.Event(), threading.Semaphore(0)
+
+    class Told(list):
+        def append(self, z):
+            super().append(z)
+            asked_for.release()
     model.thread.submit(go_on.wait, PATIENCE)  # the pass before
+    model.waiting = Told()
     with monkeypatch.context() as broken, ThreadPoolExecutor(3) as pool:
         broken.setattr(gan, "to_image", lambda faces: 1 // 0)
         asked = [pool.submit(model.draw, torch.zeros(gan.LATENT_SIZE)) for _ in range(3)]
-        while len(model.waiting) < 3 and not any(future.done() for future in asked):
-            go_on.wait(0.01)
+        assert all(asked_for.acquire(timeout=PATIENCE) for _ in asked)
         go_on.set()
         assert all(type(future.exception(PATIENCE)) is ZeroDivisionError for future in asked)
     assert site.respond("GET", target()).status == 200
