@@ -11,19 +11,21 @@
 
 The file is laid out in the order in which a face travels through it; each room uses only those above it:
 
-    Settings: each one declared once; the command line, config.json and the checkpoints read it here
-    Faces on disk: photos in a folder or archive -> crops -> gzipped uint8 batches and a manifest -> minibatches
-    Networks: DCGAN's shapes (arXiv 1511.06434); where and in which precision they compute; how faces are drawn
+    Settings: what `train` can be told, each setting declared once; config.json and the checkpoints hold them
+    Networks: DCGAN's shapes (arXiv 1511.06434); the device, the precision and the seeds at the end
     Objectives: one class per GAN; nothing else in this file asks which GAN it is
     Balance: which network trains on the next minibatch
-    Run directory: checkpoints, log, sample grids, curves; a kill at any moment leaves them readable
-    Judge: how near drawn faces are to real ones; it needs no download and nobody else's network
-    Training: the pair of networks, its steps, and the loop
-    Drawing faces: PNG files and films from a trained run
+    Training: one minibatch from top to bottom, and the loop over minibatches
+    Faces in memory: batches on disk -> minibatches; faces <-> images and pictures; files written whole or not at all
+    Run folder: checkpoints, log, sample grids, curves; a kill at any moment leaves them readable
+    Judge: how near generated faces are to real ones; it needs no download and nobody else's network
+    A run: training that is judged, written down, stopped and gone on with
+    Preparing photos: a folder or an archive -> crops -> batches and a manifest; the cartoon faces last
+    Generating: PNG files and films from a trained run
     Jacobian: what each number of a latent vector does to each pixel, and the sliders that follow from it
-    Giving away: the network in one file, as a page that needs no server or as ONNX; what a person named
+    Giving away: the network in one file, as a page that needs no server or as ONNX
     Server: a pure function from request to response, and HTTP around it
-    Command line: one function a command
+    Command line: the other settings, one function a command
 
 Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 17 to 40 s on two CPU cores (AMD EPYC with bf16, torch
 2.13); faces are recognisable after 5 epochs. The README has the pictures.
@@ -78,22 +80,6 @@ from torch.distributed.rendezvous import rendezvous
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-LATENT_SIZE = 128  # numbers in a latent vector z
-MAX_FILM_FACES = 32  # that one film passes through
-BATCH_FILE_FACES = 200  # faces in one file of a dataset
-MAX_FILE_BYTES = 100_000_000  # a larger "photo" is skipped: it would only serve to fill the memory
-MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
-FEW_FACES = 500  # with fewer, a generator learns them by heart
-MIN_FACE_PIXELS = 8  # a crop with a shorter side holds no face
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # none that starts other programs
-HEIF_SUFFIXES = (".heic", ".heif", ".hif")
-RAW_SUFFIXES = (".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
-DEMO_RUN = Path("runs/demo")
-CHECKPOINT_FORMAT = 3
-DATASET_FORMAT = 1
-
 
 class UserError(Exception):
     """What a user can cause and mend: one line that says what is wrong, where, and what to do. Exit code 1."""
@@ -127,7 +113,7 @@ def random_stream(purpose: str, seed: int, device: torch.device | str = "cpu") -
 
 
 # ================================================================================================
-# Settings: each one declared once; the command line, config.json and the checkpoints read it here
+# Settings: what `train` can be told, each setting declared once; config.json and the checkpoints hold them
 # ================================================================================================
 
 def image_sizes() -> list[int]:
@@ -174,24 +160,6 @@ DEVICES = "auto, cpu, cuda or mps", one_of("auto", "cpu", "cuda", "mps"), "NAME"
 
 
 @dataclass(frozen=True)
-class PrepareSettings:
-    """Settings of `prepare`."""
-    dataset: str | None = setting(None, "photos: a folder, .zip, .tar or .tgz (default "
-                                  "dataset/lfwpeople/lfw_funneled)", metavar="PATH")
-    demo: bool = setting(False, "draw faces instead of reading photos: nothing to download, nobody's photo")
-    download: bool = setting(False, "fetch the Kaggle dataset atulanandjha/lfwpeople (needs: pip install kagglehub)")
-    data: str = setting("data", "folder to write the dataset to", metavar="DIR")
-    size: int = setting(80, "side of a face in pixels", one_of(*image_sizes()), "PIXELS")
-    crop: str | float = setting(0.5, "'face' (every face that is found; needs OpenCV) or the central share of width "
-                                "and height to keep, 1 for all", between(0.05, 1, float, ("face",)), "SHARE|face")
-    per_person: int = setting(0, "photos of one folder (one person) at most, 0 for two of each and, while --limit is "
-                              "not reached, more", between(0, 10**6), "N")
-    limit: int = setting(2000, "faces to train on at most, 0 for all", between(0, 10**7), "N")
-    seed: int = setting(0, "seed of the order of faces", between(0, 2**31 - 1), "N")
-    png: str | None = setting(None, "also write the training faces as PNG files here, for other tools", metavar="DIR")
-
-
-@dataclass(frozen=True)
 class TrainSettings:
     """Settings of `train`; they stand in config.json and in every checkpoint."""
     data: str = setting("data", "dataset written by prepare", metavar="DIR")
@@ -225,987 +193,12 @@ class TrainSettings:
     stop_on_collapse: bool = setting(False, "end the run (exit code 3) when the faces collapse")
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """Settings of what works with a trained run."""
-    run: str | None = setting(None, "run folder (default: the newest in runs/)", metavar="DIR")
-    checkpoint: str | None = setting(None, "best, last, an epoch number or a file (default: best, else last)",
-                                     metavar="WHICH")
-
-
-@dataclass(frozen=True)
-class GenerateSettings(RunSettings):
-    """Settings of `generate`."""
-    count: int = setting(100, "faces to draw", between(1, 10**6), "N")
-    out: str | None = setting(None, "folder for the PNG files (default RUN/generated)", metavar="DIR")
-    seed: int = setting(0, "seed of the latent vectors", between(0, 2**31 - 1), "N")
-    min_abs: float = setting(0.0, "keep each number of z at least this far from 0", between(0.0, 3.0, float), "A")
-    interpolate: bool = setting(False, f"also write a film (.webp) through the first {MAX_FILM_FACES} faces")
-    device: str = setting("auto", *DEVICES)
-
-
-@dataclass(frozen=True)
-class InvertSettings(RunSettings):
-    """Settings of `invert`."""
-    photo: str = setting("", "a photo with a face", metavar="PHOTO", positional=True)
-    out: str = setting("face.png", "file to write: the face as .png, or its latent vector as .json", metavar="FILE")
-
-
-@dataclass(frozen=True)
-class ExportSettings(RunSettings):
-    """Settings of `export`."""
-    file: str = setting("", "file to write: .html, a page that makes faces without a server, or .onnx, for other "
-                        "programs (needs: pip install onnx)", metavar="FILE", positional=True)
-
-
-@dataclass(frozen=True)
-class EvalSettings(RunSettings):
-    """Settings of `eval`."""
-    host: str = setting("127.0.0.1", "address to listen on", metavar="HOST")
-    port: int = setting(8666, "port, 0 for any free one", between(0, 65535), "PORT")
-
-
-@dataclass(frozen=True)
-class JudgeSettings(RunSettings):
-    """Settings of `judge`."""
-    checkpoint: str | None = setting(None, "all, best, last, an epoch number or a file (default: best, else last)",
-                                     metavar="WHICH")
-    data: str | None = setting(None, "dataset to judge by (default: the run's)", metavar="DIR")
-    seed: int = setting(1, "seed of the latent vectors", between(0, 2**31 - 1), "N")
-    device: str = setting("auto", *DEVICES)
-    json: bool = setting(False, "print JSON")
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """Settings of `demo`."""
-    port: int = setting(8666, "port of the page, 0 for any free one", between(0, 65535), "PORT")
-
-
 # ================================================================================================
-# Faces on disk: photos in a folder or archive -> crops -> gzipped uint8 batches and a manifest -> minibatches
-# ================================================================================================
-
-HELD_OUT_FACES = 1000  # at most; the judge compares with them
-LEAST_JUDGED = 100  # fewer would say nothing
-LOOK_PIXELS = 360  # longer side of the picture in which faces are looked for first
-THREAD = threading.local()  # holds the detector of each thread
-OPENCV = threading.Lock()  # it cannot be imported by two threads at once
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of an upright photo
-OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.(pt\.gz|json)|\.gan-.*")
-
-
-class Entry(NamedTuple):
-    """Something named like a photo. `read()` gives its bytes, on any thread; `problem`, if any, says why it is skipped;
-    `version` is another one when the file has changed."""
-    name: str
-    read: Callable[[], bytes]
-    problem: str = ""
-    version: tuple[int, int] = (0, 0)
-
-
-@cache
-def readable_here() -> tuple[list[str], dict[str, str]]:
-    """(Formats of Pillow's that are read here, suffix of photos that are not -> what to do)."""
-    formats, other = list(IMAGE_FORMATS), dict.fromkeys(RAW_SUFFIXES, "convert them to JPEG")
-    if features.check("avif"):
-        formats.append("AVIF")
-    else:
-        other[".avif"] = "pip install --upgrade pillow"
-    try:
-        import pillow_heif
-        pillow_heif.register_heif_opener()
-        formats.append("HEIF")
-    except ImportError:
-        other |= dict.fromkeys(HEIF_SUFFIXES, "pip install pillow-heif")
-    return formats, other
-
-
-def is_photo_name(name: str) -> bool:
-    """Whether a path inside a source is named like a photo; hidden files and macOS's archive litter are not."""
-    hidden = any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in name.split("/"))
-    return name.lower().endswith((*IMAGE_SUFFIXES, ".avif", *HEIF_SUFFIXES, *RAW_SUFFIXES)) and not hidden
-
-
-def checked(name: str, read: Callable[[], bytes], mode: int, size: int, changed: int) -> Entry:
-    """An Entry that is refused when it is a link, a device, empty, too large or named to lead out of its source."""
-    leads_out = ".." in name.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", name)
-    problem = ("is a link" if stat.S_ISLNK(mode) else "is not a regular file" if not stat.S_ISREG(mode)
-               else "is empty" if size == 0
-               else f"is larger than {MAX_FILE_BYTES // 10**6} MB" if size > MAX_FILE_BYTES
-               else "has a path that leads out of its archive" if leads_out else "")
-    return Entry(name.removeprefix("./"), read, problem, (size, changed))
-
-
-def walk_source(source: Path, scratch: Path) -> Iterator[Entry]:
-    """Everything named like a photo in a folder, .zip, .tar or .tgz, one by one; nothing is written but to `scratch`.
-
-    An archive that breaks off ends with an Entry of its own name that says so."""
-    try:
-        if source.is_dir():
-            yield from walk_folder(source)
-        elif zipfile.is_zipfile(source):
-            yield from walk_zip(source)
-        else:
-            yield from walk_tar(source, scratch)
-    except Exception as error:  # each kind of archive and compression raises its own kinds of error
-        yield Entry(source.name, bytes, f"cannot be read further: {one_line(error)}")
-
-
-def walk_folder(root: Path) -> Iterator[Entry]:
-    """Photos of a folder and those in it, sorted; linked folders are not entered."""
-    troubles: list[OSError] = []
-    for folder, subfolders, names in os.walk(root, onerror=troubles.append):
-        subfolders.sort()
-        for path in (os.path.join(folder, name) for name in sorted(names)):
-            name = os.path.relpath(path, root).replace(os.sep, "/")
-            if is_photo_name(name) and not (os.path.basename(path) == "faces.png" and "manifest.json" in names):
-                info = os.lstat(path)
-                yield checked(name, partial(read_part, path), info.st_mode, info.st_size, info.st_mtime_ns)
-    for error in troubles:
-        yield Entry(os.path.relpath(error.filename, root), bytes, one_line(error))
-
-
-def read_part(path: str | Path, start: int = 0, size: int = -1) -> bytes:
-    """`size` bytes of a file, all by default; OSError where it cannot be read."""
-    with open(path, "rb") as file:
-        file.seek(start)
-        return file.read(size)
-
-
-def walk_zip(path: Path) -> Iterator[Entry]:
-    """Photos of a .zip, in its order."""
-    archive, changed = zipfile.ZipFile(path), path.stat().st_mtime_ns  # stays open for the entries
-    for info in archive.infolist():
-        if is_photo_name(info.filename):
-            mode = info.external_attr >> 16
-            mode = mode if stat.S_IFMT(mode) else stat.S_IFREG
-            yield checked(info.filename, partial(archive.read, info), mode, info.file_size, changed)
-
-
-def walk_tar(path: Path, scratch: Path) -> Iterator[Entry]:
-    """Photos of a .tar, in its order. Those of a packed one are copied to a scratch file, where they can be found."""
-    changed = path.stat().st_mtime_ns
-    with tarfile.open(path) as archive, open(scratch / "photos", "wb") as copies:
-        packed = not isinstance(archive.fileobj, io.BufferedReader)
-        for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # tarfile would remember each of a long archive
-            if is_photo_name(member.name) and not member.isdir():
-                read = partial(read_part, path, member.offset_data, member.size)
-                if packed and member.isreg() and member.size <= MAX_FILE_BYTES:
-                    read = partial(read_part, scratch / "photos", copies.tell(), member.size)
-                    archive.fileobj.seek(member.offset_data)
-                    copies.write(archive.fileobj.read(member.size))
-                mode = stat.S_IFLNK if member.issym() or member.islnk() else stat.S_IFREG if member.isreg() else 0
-                yield checked(member.name, read, mode, member.size, changed)
-
-
-def by_person(names: list[str]) -> list[list[str]]:
-    """The names of each person's photos, in their order. A person is a folder. A flat folder, one folder alone around
-    all photos included, holds no persons: there each photo is taken for one of its own."""
-    photos: dict[str, list[str]] = {}
-    several = len({name.rpartition("/")[0] for name in names}) > 1
-    for name in names:
-        photos.setdefault((name.rpartition("/")[0] if several else "") or name, []).append(name)
-    return list(photos.values())
-
-
-def choose_photos(names: list[str], per_person: int, seed: int) -> list[str]:
-    """The names in the order in which photos are taken, at most per_person (0: all) of each person. It depends on the
-    set of names and the seed alone.
-
-    First come two of each person: where folders are persons they are enough, and faces stay many-sided. Then one more
-    of each in every round: where folders are classes or ranges of numbers, as many come from each."""
-    rng = random.Random(seed)
-    people = [theirs[:per_person or None] for theirs in by_person(sorted(set(names)))]
-    first = [name for theirs in people for name in theirs[:2]]
-    rng.shuffle(first)
-    later = sorted((turn, rng.random(), name) for theirs in people if len(theirs) > 2
-                   for turn, name in enumerate(rng.sample(theirs[2:], len(theirs) - 2)))
-    return first + [name for _, _, name in later]
-
-
-def choose_held_out(names: list[str], limit: int) -> list[str]:
-    """Those of the names, in their order, that are held out of training: what --limit leaves over, at least a fifth, at
-    most 1,000.
-
-    Where enough persons have few photos, these are all the photos of such persons: the judge compares with strangers.
-    Else, as where folders are classes, they are the same share of each folder."""
-    wanted = min(HELD_OUT_FACES, max(len(names) // 5, len(names) - limit))
-    people = by_person(names[::-1])  # the first ones are trained on
-    small = sorted((theirs for theirs in people if 10 * len(theirs) <= wanted), key=len)
-    held_out: set[str] = set()
-    if sum(map(len, small)) >= wanted:
-        for theirs in small:
-            held_out.update(theirs if len(held_out) < wanted else [])
-    else:
-        late = sorted((turn / len(theirs), name) for theirs in people for turn, name in enumerate(theirs))
-        held_out.update(name for _, name in late[:wanted])
-    return [name for name in names if name in held_out]
-
-
-def crop_box(width: float, height: float, crop: float) -> Box:
-    """The largest square in the central `crop` share of width and height, as (left, top, right, bottom) pixels."""
-    side = crop * min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB: 16-bit scaled to 8, transparency laid on white, the rest converted."""
-    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16-bit greys to white
-        grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip((grey + 128) // 257, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("holds floating-point numbers of unknown range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def open_photo(data: bytes, enough: float = MAX_PIXELS) -> tuple[Image.Image, float]:
-    """Decode a photo, upright as its EXIF says and in RGB. Where `enough` pixels of width and height will do, a JPEG
-    decoder shrinks larger photos for free.
-
-    Returns (image, how many of the photo's pixels one of its own stands for). ValueError says in one line why not."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=readable_here()[0])
-        full = max(image.size)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"has too many pixels ({image.width}×{image.height})")
-        image.draft(None, (math.ceil(enough), math.ceil(enough)))  # never larger than it is
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image), full / max(image.size)
-    except UnidentifiedImageError:  # Pillow's message holds an address in memory
-        raise ValueError("is not an image of a kind that is read here") from None
-    except Exception as error:  # Pillow's decoders raise every kind of error on hostile files
-        raise ValueError(one_line(error)) from None
-
-
-def face_detector():
-    """This thread's own detector of faces, as it is not safe to share: the frontal-face cascade in OpenCV's wheel
-    (Viola and Jones 2001; Lienhart, Kuranov and Pisarevsky 2003). UserError without OpenCV 4."""
-    if not hasattr(THREAD, "detector"):
-        with OPENCV:
-            try:
-                import cv2.data
-                THREAD.detector = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
-            except (ImportError, AttributeError):  # OpenCV 5 has no cascades
-                raise UserError('finding faces needs OpenCV 4: pip install "opencv-python-headless<5"') from None
-            cv2.setNumThreads(1)  # whoever has many photos divides them among threads
-    return THREAD.detector
-
-
-def look(grey: Image.Image, region: Box, scale: float, **how) -> list[Box]:
-    """Boxes, in pixels of a grey image, of what the detector takes for faces in a region, shrunk by `scale`."""
-    left, top, right, bottom = region
-    size = max(1, round((right - left) / scale)), max(1, round((bottom - top) / scale))
-    shrunk = grey.resize(size, Image.Resampling.BILINEAR, region, reducing_gap=2)
-    found = np.reshape(face_detector().detectMultiScale(np.asarray(shrunk), **how), (-1, 4)) * scale
-    return [(left + x, top + y, left + x + side, top + y + side) for x, y, side, _ in found.tolist()]
-
-
-def find_faces(image: Image.Image) -> list[Box]:
-    """Squares around the faces in an upright RGB image, largest first; they may lie outside it in part.
-
-    A square is 1.1 times the detector's box, which is the share of a face that the central half of an LFW photo shows.
-    First the whole is looked at from several distances, from which faces have 20 to 39 pixels: there the detector takes
-    steps of two pixels. Then each place where it saw anything is looked at closely. Faces of less than an 18th of the
-    image's longer side, or 28 pixels, are not found. UserError without OpenCV 4."""
-    face_detector()
-    from cv2 import groupRectangles
-    grey, seen = image.convert("L"), []
-    scale = max(max(grey.size) / LOOK_PIXELS, 28 / 20)
-    while min(grey.size) >= 20 * scale:
-        seen += look(grey, (0, 0, *grey.size), scale, scaleFactor=1.3, minNeighbors=0, maxSize=(39, 39))
-        scale *= 2
-    boxes = [[round(left), round(top), round(right - left), round(bottom - top)] for left, top, right, bottom in seen]
-    found: list[Box] = []
-    for left, top, side, _ in np.reshape(groupRectangles(2 * boxes, 1, 0.3)[0], (-1, 4)).tolist():
-        around = (max(0, left - side / 2), max(0, top - side / 2),
-                  min(grey.width, left + 1.5 * side), min(grey.height, top + 1.5 * side))
-        found += look(grey, around, side / 48, scaleFactor=1.15, minNeighbors=2, minSize=(33, 33), maxSize=(72, 72))
-    squares: list[Box] = []
-    for left, top, right, bottom in sorted(found, key=lambda box: box[0] - box[2]):
-        x, y, half = (left + right) / 2, (top + bottom) / 2, 1.1 * (right - left) / 2
-        if not any(box[0] < x < box[2] and box[1] < y < box[3] for box in squares):  # else it is of one of their faces
-            squares.append((x - half, y - half, x + half, y + half))
-    return squares
-
-
-def cut(image: Image.Image, square: Box, size: int, scale: float = 1) -> np.ndarray:
-    """A square of a photo, of which a pixel of the RGB image stands for `scale`, as (size, size, 3) uint8; what lies
-    outside is mirrored."""
-    left, top, right, bottom = (edge / scale for edge in square)
-    x, y = max(0, math.ceil(-left)), max(0, math.ceil(-top))
-    beyond_x, beyond_y = max(0, math.ceil(right - image.width)), max(0, math.ceil(bottom - image.height))
-    if x or y or beyond_x or beyond_y:
-        image = Image.fromarray(np.pad(np.asarray(image), ((y, beyond_y), (x, beyond_x), (0, 0)), "symmetric"))
-    box = (left + x, top + y, right + x, bottom + y)
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
-
-
-def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
-    """Decode a photo: (its faces, largest first, as (Box in the photo's pixels, (size, size, 3) uint8), why other faces
-    are not used). ValueError says in one line why the photo is not."""
-    if isinstance(crop, str):
-        image, scale = open_photo(data, 2 * LOOK_PIXELS)
-        least, squares = size, find_faces(image)
-    else:
-        image, scale = open_photo(data, 2 * size / crop)
-        least, squares = MIN_FACE_PIXELS, [crop_box(*image.size, crop)]
-    good: list[Box] = []
-    refused: list[str] = []
-    for left, top, right, bottom in squares:
-        side = right - left
-        inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0)) / side ** 2
-        if scale * side < least:
-            refused.append(f"has a face too small to use ({scale * side:.0f} pixels, not {least})")
-        elif inside < 0.8:
-            refused.append("has a face of which more than a fifth lies outside")
-        else:
-            good.append((scale * left, scale * top, scale * right, scale * bottom))
-    if not good:
-        raise ValueError(refused[0] if refused else "no face found")
-    finer = size * scale / min(right - left for left, _, right, _ in good)
-    if finer > 1 and scale > 1:  # the photo has more pixels than faces were looked for in
-        image, scale = open_photo(data, finer * min(image.size))
-    return [(square, cut(image, square, size, scale)) for square in good], refused
-
-
-def map_ahead(function: Callable, items: Iterable, threads: int = 0, ahead: int = 4) -> Iterator:
-    """Like map, on so many threads (0: one a core): Pillow, OpenCV and zlib work without holding the GIL. At most
-    `ahead` items a thread are begun before they are asked for, which bounds memory."""
-    waiting, threads = deque[Future](), threads or usable_cores()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-# Palettes of the drawn faces, each a line through colour space
-SKINS = np.array([(250, 218, 196), (234, 190, 156), (200, 146, 108), (128, 86, 62)])
-HAIRS = np.array([(175, 170, 168), (44, 36, 36), (84, 54, 36), (126, 84, 50), (212, 172, 104), (160, 76, 42)])
-IRISES = np.array([(70, 44, 28), (110, 78, 42), (84, 124, 82), (86, 132, 172)])
-CLOTHS = np.array([(200, 205, 210), (120, 150, 180), (150, 175, 150), (215, 195, 165), (170, 125, 125)])
-
-
-def mixed_colour(rng: np.random.Generator, palette: np.ndarray) -> np.ndarray:
-    """A colour between two neighbours of the palette: traits that vary smoothly are learnt quickly."""
-    index, part = divmod(rng.uniform(0, len(palette) - 1), 1)
-    return palette[int(index)] * (1 - part) + palette[int(index) + 1] * part
-
-
-def draw_face(rng: np.random.Generator, size: int) -> Image.Image:
-    """Draw a size×size portrait of nobody, in head coordinates: temples at u = ±1, crown and chin at v = ∓1."""
-    skin, hair, iris, wall, shirt = (mixed_colour(rng, p) for p in (SKINS, HAIRS, IRISES, CLOTHS, CLOTHS))
-    width, jaw, nose, eye, smile = rng.uniform((0.31, 0.1, 0.13, 0.08, 0), (0.36, 0.3, 0.2, 0.12, 0.15))
-    yaw, pitch, roll, light, part, brow, gape, feminine = rng.uniform(-1, 1, 8)
-    gape, length = max(0, gape), (feminine > 0) * (0.3 + 0.3 * feminine)  # half of each is nil
-    image = Image.fromarray(np.uint8(wall + rng.uniform(-40, 40, (2, 2, 1)))).resize((3 * size, 3 * size))
-    draw = ImageDraw.Draw(image, "RGBA")  # translucent ink; 3x too large, so that shrinking smooths the edges
-    across, arch = (wave(np.linspace(-np.pi / 2, np.pi / 2, 21)) for wave in (np.sin, np.cos))
-
-    def shape(u, top, bottom, colour, alpha=1.0, line=0):
-        v = np.append(top, bottom[::-1])  # the area between two curves over u
-        u = np.append(u, u[::-1]) * (1 - jaw * np.clip(v, 0, 1) ** 2)  # faces narrow towards the chin
-        depth = np.maximum(0, 1 - u * u - 0.5 * v * v)  # what stands out most turns most
-        z = (u + 0.25 * yaw * depth) * width + (v + 0.1 * pitch * depth) * 0.385j
-        points = ((z * np.exp(0.1j * roll) + 0.5 + 0.49j) * 3 * size).view(float).tolist()
-        ink = (*map(int, colour), int(255 * alpha))
-        draw.line(points, ink, line, "curve") if line else draw.polygon(points, ink)
-
-    def blob(u, v, half_width, up, down, colour, point=1, lift=0.0, **style):
-        middle, bulge = v - lift * across ** 2, arch ** point  # point 1: an oval, 2: a lens; lift its corners
-        shape(u + half_width * across, middle - up * bulge, middle + down * bulge, colour, **style)
-
-    blob(-0.07 * yaw, 0.02, 1.14, 0.34, 0.3, skin * 0.88)  # its ends are the ears
-    blob(0, 0.1 + length, 0.95 + 0.6 * length, 0.9 + 1.6 * length, 0.9 + 1.6 * length, hair * 0.75)
-    blob(0, 1.72, 2.2, 0.6, 0.6, shirt)
-    blob(0, 1.0, 0.62, 0.35, 0.35, skin * 0.78)
-    blob(0, 0, 1, 1, 1, skin)
-    shape(across, 0.4 - 0.4 * across ** 4, arch, hair, alpha=max(0, -0.8 - 1.7 * feminine))  # the beard
-    for s in (-0.42, 0.42):
-        blob(1.3 * s, 0.3, 0.2, 0.13, 0.13, skin * (1, 0.7, 0.68), alpha=0.2)  # the cheek
-        blob(s, -0.07, 0.21, eye, 0.08, (245, 243, 240), 2)
-        blob(s, -0.08, 0.1, 0.085, 0.085, iris)
-        blob(s, -0.08, 0.05, 0.043, 0.043, iris * 0.2)
-        blob(s, -0.07, 0.23, eye + 0.05, -eye, skin * 0.8, 2)
-        blob(s, -0.07, 0.22, eye + 0.02, 0.01 - eye, hair * 0.4, 2, alpha=0.7 + 0.3 * feminine)  # lashes
-        blob(s, -0.3 + 0.04 * brow, 0.25, 0.07 - 0.02 * feminine, -0.01, hair * 0.8, 2, -0.04)
-    blob(-0.08 * np.sign(light), 0.06, 0.06, 0.2, 0.2, skin * 0.85, alpha=0.4 * abs(light))  # the nose
-    blob(0, 0.28, nose, 0.1, 0.07, skin * 0.8, 2)
-    blob(0, 0.22, nose * 0.7, 0.1, 0.1, skin * 1.05)
-    lip = skin * (0.92, 0.61 - 0.07 * feminine, 0.63 - 0.05 * feminine)
-    blob(0, 0.56, 0.38, 0.06, 0.1 + 0.14 * gape, lip, 2, smile)
-    blob(0, 0.56, 0.33, 0.0, 0.03 + 0.15 * gape, lip * 0.5, 2, smile)
-    blob(0, 0.56, 0.3, 0.0, 0.11 * gape, (245, 243, 238), 2, smile, alpha=min(1, 3 * gape))
-    if length or rng.random() < 0.8:  # not bald
-        hairline = rng.uniform(-0.72, -0.42) + 0.2 * (across - 0.4 * part) ** 2 + 0.45 * across ** 10
-        shape(1.06 * across, -rng.uniform(1.08, 1.2) * arch, np.maximum(hairline, 0.15 - arch), hair)
-        blob(0.4 * light, -0.88, 0.45, 0.1, 0.0, hair * 1.3, 2, -0.12, alpha=0.3)
-    if rng.random() < 0.2:  # glasses
-        for s in (-0.42, 0.42):
-            blob(s, -0.05, 0.3, 0.22, 0.22, shirt * 0.3, line=max(1, size // 25))
-        blob(0, -0.08, 0.14, 0.08, -0.03, shirt * 0.3)
-    x = np.linspace(-1, 1, size)
-    glow = 1.05 - 0.13 * (x * x + x[:, None] ** 2) + 0.2 * light * x
-    return Image.fromarray((np.asarray(image.reduce(3)) * glow[..., None]).clip(0, 255).astype(np.uint8))
-
-
-def atomic_write(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that a kill or a power cut at any moment leaves either the old content or the new one.
-
-    Temporary file in the same folder -> flush -> fsync -> replace -> fsync of the folder. OSErrors name `path`."""
-    temporary = path.with_name(f".gan-{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # Windows cannot open a folder; its journal orders the rename itself
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {one_line(error)}") from None
-
-
-def remove_orphans(folder: Path) -> None:
-    """Remove what a killed process left half written in one of our folders (not below it: --run may be any folder)."""
-    for orphan in folder.glob(".gan-*"):
-        shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink(missing_ok=True)
-
-
-def read_manifest(data: Path) -> dict | None:
-    """The manifest of a dataset folder, or None where there is none of ours."""
-    try:
-        manifest = json.loads((data / "manifest.json").read_text("utf-8"))
-        return manifest if manifest["format"] == "gan.py faces" else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def check_data_folder(data: Path) -> None:
-    """Refuse to write a dataset into a folder that holds anything but a dataset of ours."""
-    if data.exists() and not data.is_dir():
-        raise UserError(f"{data} is a file: name another folder with --data")
-    names = os.listdir(data) if data.exists() else []
-    # A manifest.json or faces.png without a batch beside it is someone else's
-    ours = OUR_DATA_FILES if any(name.endswith(".pt.gz") for name in names) else re.compile(r"\.gan-.*")
-    foreign = [name for name in names if not ours.fullmatch(name)]
-    if foreign and read_manifest(data) is None:
-        raise UserError(f"{data} holds other files ({foreign[0]}): name another folder with --data")
-
-
-def find_source(settings: PrepareSettings) -> Path:
-    """The folder or archive to read photos from; a folder with no photo but one archive stands for the archive."""
-    if settings.download:
-        try:
-            import kagglehub
-        except ImportError:
-            raise UserError("--download needs the kagglehub library: pip install kagglehub") from None
-        try:
-            source = Path(kagglehub.dataset_download("atulanandjha/lfwpeople"))
-        except Exception as error:  # the library passes on whatever its network libraries raise
-            raise UserError(f"the download of atulanandjha/lfwpeople failed: {one_line(error)}") from None
-    else:
-        source = Path(settings.dataset or "dataset/lfwpeople/lfw_funneled")
-    if not source.exists():
-        if settings.dataset:
-            raise UserError(f"{source} does not exist: give --dataset a folder of photos, a .zip, .tar or .tgz")
-        raise UserError(f"no photos at {source}: name yours with --dataset PATH, fetch some with --download, "
-                        "or draw some with --demo")
-    if source.is_dir() and not any(True for _ in walk_folder(source)):
-        archives = sorted(path for path in source.rglob("*") if path.name.lower().endswith(ARCHIVE_SUFFIXES))
-        source = archives[0] if len(archives) == 1 else source
-    return source
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[TextIO]:
-    """Keep from stderr what is written there, as libtiff has words for each photo; yields a stream that reaches it."""
-    with os.fdopen(os.dup(2), "w") as terminal, open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield terminal
-        finally:
-            os.dup2(terminal.fileno(), 2)
-
-
-def draw_photos(settings: PrepareSettings) -> Iterator[Entry]:
-    """Drawn faces in the place of photos: as many as are to be trained on, and a fifth of all to hold out."""
-    def drawn(index: int) -> bytes:
-        return png_bytes(draw_face(np.random.default_rng([settings.seed, index]), settings.size))
-    for i in range((settings.limit or 2000) * 5 // 4):
-        yield Entry(f"drawn face {i}", partial(drawn, i))
-
-
-class Photos:
-    """The photos of a source, or drawn faces in their place: which may be taken, and what becomes of each.
-
-    `names` are in the order in which they are to be taken; `skipped` is name -> reason; `unread` counts the suffixes of
-    kinds that are not read here; `made` the faces that this process made. `work` is a folder for batches and for notes
-    of which are done, the same one for the same settings and files."""
-
-    def __init__(self, settings: PrepareSettings):
-        self.settings, self.terminal, self.made = settings, sys.stderr, 0
-        self.source = None if settings.demo else find_source(settings)
-        self.skipped: dict[str, str] = {}
-        self.unread: Counter[str] = Counter()
-        self.read: dict[str, Callable[[], bytes]] = {}
-        self.decoded: dict[str, tuple[list[tuple[Box, np.ndarray]], list[str]]] = {}
-        scratch, digest = Path(settings.data, ".gan-prepare"), hashlib.sha256(repr(settings).encode())
-        scratch.mkdir(parents=True, exist_ok=True)
-        found = walk_source(self.source, scratch) if self.source else draw_photos(settings)
-        entries = {entry.name: entry for entry in found}  # the last one of a name counts
-        for name, read, problem, version in entries.values():
-            digest.update(repr((name, version)).encode())
-            if problem:
-                self.skipped[name] = problem
-            elif (suffix := os.path.splitext(name)[1].lower()) in readable_here()[1]:
-                self.unread[suffix] += 1
-            else:
-                self.read[name] = read
-        good, self.found = list(self.read), len(entries)
-        self.several = len({name.rpartition("/")[0] for name in good}) > 1
-        self.names = choose_photos(good, settings.per_person, settings.seed) if self.source else good
-        self.work = scratch / digest.hexdigest()[:16]
-        for other in scratch.iterdir():
-            if other.is_dir() and other != self.work:
-                shutil.rmtree(other)
-        self.work.mkdir(exist_ok=True)
-
-    def decode(self, name: str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
-        """(Faces of a photo, why others are not used). Of a photo of a person that is one face, the largest. The first
-        good photos are remembered: they are asked for again if too few are held out to judge by."""
-        if name in self.decoded:
-            return self.decoded.pop(name)
-        try:
-            crop = self.settings.crop if self.source else 1.0
-            faces, refused = decode_faces(self.read[name](), self.settings.size, crop)
-        except Exception as error:  # each kind of archive and compression raises its own kinds of error
-            return [], [one_line(error)]
-        found = faces[:1] if self.several and "/" in name else faces, refused
-        if len(self.decoded) < LEAST_JUDGED:
-            self.decoded[name] = found
-        return found
-
-    def faces(self, names: list[str], first: int, bar: tqdm) -> Iterator[tuple]:
-        """The faces of those photos from number `first` on, as (pixels, what is told of the face, photos skipped since
-        the one before, number of the photo, number of the face in it)."""
-        skipped: dict[str, str] = {}
-        for place, (found, refused) in enumerate(map_ahead(self.decode, names[first:]), first):
-            if not found:
-                self.skipped[names[place]] = skipped[names[place]] = refused[0]
-            for number, (box, pixels) in enumerate(found):
-                told = {"photo": names[place], "box": [round(edge, 1) for edge in box]}
-                yield pixels, told | ({"not_used": refused} if refused else {}), skipped, place, number
-                skipped = {}
-            bar.update()
-
-    def write(self, kind: str, item: tuple[int, list[tuple]]) -> dict:
-        """Write a numbered lot of faces: the batch, named by its content; what is told of its faces; and a note that
-        this is done, which is returned."""
-        number, (pixels, told, skipped, places, numbers) = item[0], zip(*item[1])
-        images, buffer = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), io.BytesIO()
-        torch.save(images, buffer)
-        # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
-        packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_HUFFMAN_ONLY)
-        packed = packer.compress(buffer.getbuffer()) + packer.flush()
-        digest = hashlib.sha256(packed).hexdigest()
-        stem = f"{kind}-{number:05d}-{digest[:8]}"
-        atomic_write(self.work / f"{stem}.pt.gz", packed)
-        atomic_write(self.work / f"{stem}.json", json.dumps(told).encode())
-        if self.settings.png and kind == "faces":
-            write_pngs(Path(self.settings.png), images, number * BATCH_FILE_FACES)
-        note = {"batch": {"file": f"{stem}.pt.gz", "count": len(images), "sha256": digest},
-                "skipped": dict(pair for some in skipped for pair in some.items()), "place": places[-1],
-                "number": numbers[-1]}
-        atomic_write(self.work / f"{kind}-{number:05d}.note", json.dumps(note).encode())
-        return note
-
-    def take(self, kind: str, names: list[str], most: int) -> tuple[list[dict], list[str]]:
-        """Write the first `most` faces of those photos, or all there are, in batches, and go on from where a killed
-        process got to: (the batches' entries in the manifest, names of the photos used)."""
-        notes: list[dict] = []
-        while (path := self.work / f"{kind}-{len(notes):05d}.note").exists():
-            notes.append(json.loads(path.read_bytes()))
-            self.skipped |= notes[-1]["skipped"]
-        place, used = (notes[-1]["place"], notes[-1]["number"] + 1) if notes else (0, 0)
-        taken = sum(note["batch"]["count"] for note in notes)
-        if notes:
-            say(f"{kind}: going on after {taken:,}")
-        if taken < most:
-            with tqdm(desc=kind, unit="photo", total=min(most, len(names)), initial=place, file=self.terminal,
-                      disable=not self.terminal.isatty()) as bar:
-                faces = islice(self.faces(names, place, bar), used, used + most - taken)
-                lots = iter(lambda: list(islice(faces, BATCH_FILE_FACES)), [])
-                notes += map_ahead(partial(self.write, kind), enumerate(lots, len(notes)), ahead=1)
-        self.made += sum(note["batch"]["count"] for note in notes) - taken
-        seen = names[:notes[-1]["place"] + 1] if notes else []
-        return [note["batch"] for note in notes], [name for name in seen if name not in self.skipped]
-
-
-def unread_text(kinds: dict[str, int]) -> str:
-    """Which photos are of kinds that are not read, by suffix, and what to do; nothing if there are none."""
-    told = ", ".join(f"{kind} {count:,} ({readable_here()[1][kind]})" for kind, count in sorted(kinds.items()))
-    return f", not read {told}" if told else ""
-
-
-def write_batches(photos: Photos) -> dict:
-    """Turn photos into batches; what the manifest says of them. Where photos turn out bad, the next ones take their
-    place. The numbers of `files` add up to `photos_found`."""
-    limit = photos.settings.limit or 10**10  # which is all
-    apart = choose_held_out(photos.names, limit)
-    held_out, strangers = photos.take("held-out", apart, max(len(apart), HELD_OUT_FACES))
-    if sum(batch["count"] for batch in held_out) < LEAST_JUDGED:  # nothing could be told from so few
-        held_out, strangers, photos.made = [], [], 0
-    seen = photos.skipped.keys() | strangers
-    others = [name for name in photos.names if name not in seen]
-    batches, used = photos.take("faces", others, limit)
-    files = {"used": len(used), "held_out": len(strangers), "left_by_per_person": len(photos.read) - len(photos.names),
-             "left_by_limit": sum(name not in photos.skipped for name in others) - len(used),
-             "skipped": len(photos.skipped), "not_read": dict(photos.unread)}
-    return {"count": sum(batch["count"] for batch in batches), "source": str(photos.source or "drawn faces"),
-            "photos_found": photos.found, "files": files, "batches": batches, "held_out": held_out,
-            "skipped": [{"file": name, "reason": reason} for name, reason in sorted(photos.skipped.items())]}
-
-
-def crops_with_face(images: Tensor) -> float | None:
-    """Share of the uint8 images (N, 3, S, S) that a face fills at least half of; None where OpenCV is not there."""
-    def filled(image: np.ndarray) -> bool:
-        enlarged = Image.fromarray(image).resize((160, 160))
-        return any(right - left >= 80 for left, _, right, _ in find_faces(enlarged))
-    try:
-        return sum(map_ahead(filled, images.permute(0, 2, 3, 1).numpy())) / len(images)
-    except UserError:
-        return None
-
-
-def prepare(settings: PrepareSettings) -> dict:
-    """Turn photos into a dataset folder and return its manifest.
-
-    The folder holds faces-NNNNN-HASH.pt.gz (gzipped uint8 tensors (n, 3, size, size), n <= 200), beside each a .json
-    with the photo and Box of each face, held-out-… likewise, faces.png (the first 100 faces) and manifest.json. Batches
-    are named by content, and the manifest is written after them: whoever reads it sees the earlier dataset whole
-    or the new one whole, whenever this process is killed. The same call then goes on from the last batch."""
-    if settings.crop == "face":
-        face_detector()  # or say at once that there is none
-    data, started = Path(settings.data), time.monotonic()
-    check_data_folder(data)
-    photos = Photos(settings)
-    with quiet_libraries() as photos.terminal:
-        facts = write_batches(photos)
-    if not facts["batches"]:
-        remove_orphans(data)
-        example = "".join(f": {item['file']!a} {item['reason']}, for one" for item in facts["skipped"][:1])
-        raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders "
-                        f"and skipped {len(facts['skipped'])}{example}{unread_text(facts['files']['not_read'])}")
-    batches = [batch["file"] for batch in facts["batches"] + facts["held_out"]]
-    fresh = batches + [name.replace(".pt.gz", ".json") for name in batches]
-    for name in fresh:
-        with suppress(FileNotFoundError):  # a killed process has put it in place
-            os.replace(photos.work / name, data / name)
-    first = read_batch(data, settings.size, facts["batches"][0])[:100]
-    told = photos.source and settings.crop != "face" and len(first) >= 20  # fewer would say nothing
-    manifest = {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size,
-                "crops_with_face": crops_with_face(first[:50]) if told else None, **facts, "settings": asdict(settings)}
-    atomic_write(data / "manifest.json", json.dumps(manifest, indent=1).encode())
-    write_grid(data / "faces.png", first)
-    remove_orphans(data)
-    for path in data.glob("*-*-*"):
-        if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
-            path.unlink()
-    seconds = time.monotonic() - started
-    say(f"made {photos.made:,} faces in {seconds:.1f} s, {photos.made / seconds:,.0f} a second")
-    return manifest
-
-
-class DamagedFaces(UserError):
-    """A dataset, or a file of it, that is not whole."""
-
-
-@contextmanager
-def damage_told(data: Path) -> Iterator[None]:
-    """DamagedFaces in the place of what a missing file or a wrong manifest causes."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise DamagedFaces(f"{error.filename} is missing: run `gan.py prepare` again") from None
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        problem = f"{data / 'manifest.json'} is damaged ({one_line(error)})"
-        raise DamagedFaces(f"{problem}: run `gan.py prepare` again") from None
-
-
-def list_batches(data: Path, kind: str = "batches") -> tuple[int, list[dict]]:
-    """(side of a dataset's faces, its files with faces to train on or of kind 'held_out'), as its manifest says."""
-    manifest = read_manifest(data)
-    if manifest is None:
-        raise UserError(f"no dataset in {data}: make one with `gan.py prepare`, or name yours with --data")
-    if manifest.get("version") != DATASET_FORMAT:
-        raise UserError(f"{data / 'manifest.json'} is of another version of gan.py: run `gan.py prepare` again")
-    with damage_told(data):
-        size, batches = manifest["image_size"], manifest.get(kind, [])  # older datasets hold none out
-        counts = [batch["count"] for batch in batches]
-        if any(type(number) is not int or number < 1 for number in (size, *counts)):
-            raise ValueError("sizes and counts must be whole numbers")
-        if kind == "batches" and sum(counts) != manifest["count"]:
-            raise ValueError(f"{sum(counts)} faces in the batches, {manifest['count']} in the manifest")
-    return size, batches
-
-
-def read_batch(data: Path, size: int, batch: dict) -> Tensor:
-    """The uint8 faces (n, 3, size, size) of one file of a dataset. DamagedFaces names it where it is not whole."""
-    with damage_told(data):
-        path = data / batch["file"]
-        packed = path.read_bytes()
-        if hashlib.sha256(packed).hexdigest() != batch["sha256"]:
-            raise DamagedFaces(f"{path} is damaged (its SHA-256 is not the manifest's): run `gan.py prepare` again")
-        images = torch.load(io.BytesIO(gzip.decompress(packed)), weights_only=True)
-        if images.shape != (batch["count"], 3, size, size):
-            raise ValueError(f"{path.name} holds faces of shape {tuple(images.shape)}")
-    return images
-
-
-def read_batches(data: Path, size: int, batches: list[dict]) -> Tensor:
-    """The uint8 faces (N, 3, size, size) of files of a dataset, one after the other, read on all cores."""
-    faces, start = torch.empty(sum(batch["count"] for batch in batches), 3, size, size, dtype=torch.uint8), 0
-    for images in map_ahead(partial(read_batch, data, size), batches):
-        faces[start:start + len(images)] = images
-        start += len(images)
-    return faces
-
-
-def load_faces(data: Path, kind: str = "batches") -> tuple[Tensor, list[dict]]:
-    """Read a dataset's faces to train on, or those of kind 'held_out': (uint8 faces (N, 3, S, S), list of batches).
-    UserError names the file that is not whole."""
-    size, batches = list_batches(data, kind)
-    return read_batches(data, size, batches), batches
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, for each of the processes that share it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    free = sys.maxsize  # where the system does not tell
-    with suppress(AttributeError, OSError, ValueError):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        free = 1024 * int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0])
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container; "max" where it has none
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun tells
-
-
-class TrainingFaces:
-    """The faces of a dataset: the number of an epoch -> its minibatches.
-
-    `images` are the uint8 faces of each file on the device, four times less memory and traffic than float faces; None
-    where they would take more than `memory` GiB, by default half of what is free: then files are read again each epoch.
-    `minibatches` is how many an epoch has, each of `batch_size` faces, of which this process gets its `part`; what does
-    not fill one is left out, in each epoch others. `waited`: seconds that training waited for this epoch's faces."""
-    WINDOW_BYTES = 2 ** 27  # of faces that are shuffled together; two windows are in memory besides
-
-    def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device, memory: float | None = None,
-                 part: Callable[[int], slice] = slice):
-        """UserError where the dataset is not whole."""
-        self.size, self.files = list_batches(data)
-        self.data, self.seed, self.device, self.waited = data, seed, device, 0.0
-        counts = [file["count"] for file in self.files]
-        self.count = sum(counts)
-        self.batch_size = min(batch_size, self.count)
-        self.minibatches, self.part = self.count // self.batch_size, part(self.batch_size)
-        room = free_memory(device) / 2 if memory is None else memory * 2 ** 30
-        resident = self.count * 3 * self.size ** 2 <= room
-        self.images = load_faces(data)[0].to(device).split(counts) if resident else None
-
-    def read(self, files: list[int]) -> Tensor:
-        """The uint8 faces of files with these numbers, one after the other."""
-        if self.images is not None:
-            return torch.cat([self.images[file] for file in files])
-        return read_batches(self.data, self.size, [self.files[file] for file in files])
-
-    def first(self, count: int) -> Tensor:
-        """The first faces of the dataset, uint8 on the CPU."""
-        ends = accumulate(file["count"] for file in self.files[:-1])
-        return self.read([0, *(file for file, end in enumerate(ends, 1) if end < count)])[:count].cpu()
-
-    def order(self, epoch: int) -> list[tuple[list[int], Tensor]]:
-        """(numbers of its files, the order in which their faces come) of each window of an epoch. It depends on the
-        seed and the epoch alone."""
-        random, files = random_stream(f"order of epoch {epoch}", self.seed), torch.arange(len(self.files))
-        most = max(1, self.WINDOW_BYTES // (BATCH_FILE_FACES * 3 * self.size ** 2))
-        if len(files) > most:
-            files = torch.randperm(len(files), generator=random)
-        windows = [window.tolist() for window in files.split(most)]
-        counts = [sum(self.files[file]["count"] for file in window) for window in windows]
-        return [(window, torch.randperm(count, generator=random)) for window, count in zip(windows, counts)]
-
-    def stream(self, epoch: int, first: int) -> Iterator[Tensor]:
-        """The uint8 minibatches of an epoch from number `first` on. A window is read from disk while the one before is
-        used."""
-        windows, skipped = [], first * self.batch_size
-        for files, order in self.order(epoch):
-            windows += [(files, order[skipped:])] if skipped < len(order) else []
-            skipped = max(0, skipped - len(order))
-        rest = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        # A GPU that records its steps must not be used by another thread.
-        each = map if self.images is not None else partial(map_ahead, threads=1, ahead=1)
-        for images in each(lambda window: self.read(window[0])[window[1]], windows):
-            joined = torch.cat([rest.to(images.device), images])
-            del images  # makes room for the next window
-            *whole, rest = joined.tensor_split(tuple(range(self.batch_size, len(joined) + 1, self.batch_size)))
-            yield from whole
-            rest = rest.clone()
-            del joined, whole
-
-    def epoch(self, number: int, first: int = 0) -> Iterator[Tensor]:
-        """This process's part of the minibatches of an epoch from number `first` on: float faces (n, 3, S, S) in
-        [-1, 1]. A resumed epoch goes on in the order it began with.
-
-        Every second face of a minibatch is mirrored; which ones these are is another matter of chance each epoch. So
-        faces count twice, and are learnt by heart later (tests/RESULTS.md)."""
-        mirrored = slice((self.part.start or 0) % 2, None, 2)  # the same ones for any number of processes
-        started, self.waited = time.monotonic(), 0.0
-        for images in self.stream(number, first):
-            real = to_face(images[self.part].to(self.device)).contiguous(memory_format=torch.channels_last)
-            real[mirrored] = real[mirrored].flip(3)
-            self.waited += time.monotonic() - started
-            yield real
-            started = time.monotonic()
-
-
-def to_face(images: Tensor) -> Tensor:
-    """uint8 images in 0..255 -> float faces in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_image(faces: Tensor) -> Tensor:
-    """Float faces in [-1, 1] -> uint8 images on the CPU; the inverse of to_face, to the nearest value."""
-    return ((faces.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-def grid_image(images: Tensor, columns: int = 10, gap: int = 2) -> Image.Image:
-    """uint8 images (N, 3, S, S) as one picture, row by row, `gap` white pixels apart."""
-    count, _, size, _ = images.shape
-    cell, rows = size + gap, math.ceil(count / columns)
-    canvas = Image.new("RGB", (min(columns, count) * cell + gap, rows * cell + gap), "white")
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        canvas.paste(Image.fromarray(image), (gap + i % columns * cell, gap + i // columns * cell))
-    return canvas
-
-
-def write_grid(path: Path, images: Tensor) -> None:
-    """Write uint8 images as one PNG file, whole or not at all."""
-    atomic_write(path, png_bytes(grid_image(images)))
-
-
-def write_pngs(folder: Path, images: Tensor, first: int = 0, digits: int = 5) -> None:
-    """Write uint8 images as face-00000.png and so on, counted from `first`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy(), first):
-        atomic_write(folder / f"face-{i:0{digits}d}.png", png_bytes(Image.fromarray(image)))
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """An image as a PNG file, packed fast: for faces this is smaller than zlib's default strategy at level 1."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
-    return buffer.getvalue()
-
-
-# ================================================================================================
-# Networks: DCGAN's shapes (arXiv 1511.06434); where and in which precision they compute; how faces are drawn
+# Networks: DCGAN's shapes (arXiv 1511.06434); the device, the precision and the seeds at the end
 # ================================================================================================
 
 Network = TypeVar("Network", bound=nn.Module)
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. UserError where the one asked for is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name != "auto" and not available[name]:
-        raise UserError(f"--device {name} is not available here: leave it out, or say cpu")
-    return torch.device(next(device for device in available if available[device]) if name == "auto" else name)
-
-
-@cache
-def pick_precision(name: str, device: torch.device) -> str:
-    """auto: 'bf16' where the device is known to multiply matrices of it natively, else 'fp32'; emulated, bf16 takes a
-    hundred times as long as float32. Timing both would tell of any processor, but not the same on a busy machine."""
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        with suppress(OSError):  # there is no such file but on Linux
-            native = bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()))
-    return name if name != "auto" else "bf16" if native else "fp32"
-
-
-def autocast(device: torch.device, precision: str = "auto") -> Callable:
-    """What makes the context in which networks compute in the precision, their weights staying float32."""
-    bf16 = pick_precision(precision, device) == "bf16"
-    return partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
-
-
-def channels_last(network: Network, device: torch.device) -> Network:
-    """The network on its device, in the memory layout in which convolutions are fastest."""
-    return nn.utils.convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
-
-
-def stage_channels(size: int, width: int) -> tuple[int, list[int]]:
-    """(base, channels at each side from the smallest to the full one): 80, 64 -> (5, [512, 256, 128, 64, 32])."""
-    base, doublings = size, 0
-    while base > 7:
-        base, doublings = base // 2, doublings + 1
-    return base, [min(8 * width, width * 2 ** stage // 2) for stage in reversed(range(doublings + 1))]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """The same numbers with the precision that losses need; in bf16 they would have three digits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def spatial_mean(x: Tensor) -> Tensor:
-    """Mean over height and width, (N, C, H, W) -> (N, C, 1, 1)."""
-    return (x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])).to(x.dtype)
-
-
-class InstanceNorm(nn.Module):
-    """Instance normalisation with learned scale and shift, (N, C, H, W) -> same (arXiv 1607.08022).
-
-    Written out, because the penalty needs its parts, and in sums: torch's mean and variance of channels-last memory
-    and their derivatives take several times as long."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x with mean 0 and variance 1 in each image and channel, the factor (N, C, 1, 1) that this took)."""
-        centred = x - spatial_mean(x)
-        factor = torch.rsqrt(spatial_mean(centred.square()) + 1e-5).to(x.dtype)
-        return centred * factor, factor
-
-    def scale_and_shift(self, normal: Tensor) -> Tensor:
-        weight, bias = (parameter[:, None, None].to(normal.dtype) for parameter in (self.weight, self.bias))
-        return torch.addcmul(bias, normal, weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale_and_shift(self.normalise(x)[0])
-
-    def input_gradient(self, gradient: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
-        """The gradient with respect to x, from the one with respect to the output and what normalise(x) returned."""
-        gradient = gradient * self.weight[:, None, None].to(gradient.dtype)
-        return factor * (gradient - spatial_mean(gradient) - normal * spatial_mean(gradient * normal))
+LATENT_SIZE = 128  # numbers in a latent vector z
 
 
 @contextmanager
@@ -1260,31 +253,6 @@ class BatchNorm(nn.BatchNorm2d):
         return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
 
 
-class Bias(nn.Module):
-    """Adds a learned number for each channel and place, (N, C, H, W) -> same."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.bias.to(x.dtype)
-
-
-class Blur(nn.Module):
-    """The filter (1 2 1)⊗(1 2 1) / 16 on each channel, (N, C, H, W) -> same. After a doubling it takes away the
-    checkerboard, before a halving what would alias (arXiv 1904.11486)."""
-    kernel: Tensor
-
-    def __init__(self, channels: int):
-        super().__init__()
-        row = torch.tensor([1.0, 2, 1]) / 4
-        self.register_buffer("kernel", row.outer(row).repeat(channels, 1, 1, 1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.kernel, padding=1, groups=x.shape[1])
-
-
 class Generator(nn.Module):
     """Latent vectors (N, 128), standard normal, -> faces (N, 3, size, size) in [-1, 1]. Shapes for 80 and width 64.
 
@@ -1304,38 +272,6 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.layers(z[:, :, None, None])
-
-
-class Score(nn.Conv2d):
-    """The discriminator's last layer, never in bf16: accuracies and losses are small differences of large scores."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(at_least_float32(x))
-
-
-class Louder(nn.Module):
-    """Faces (N, 3, S, S) -> same with their fine detail raised, x + boost · (3 x - 2 a - b): a is x blurred, b is a
-    blurred at twice the spacing. Boost 0 is x; boost 1 doubles a - b and quadruples x - a.
-
-    Networks learn last what has little amplitude (arXiv 2111.02447): the finest octave has a twentieth of the coarse
-    ones'. To bound a critic's slope in louder faces is to choose another norm (arXiv 1806.06621)."""
-    kernel: Tensor
-    boost: Tensor
-
-    def __init__(self):
-        super().__init__()
-        row = torch.tensor([1.0, 4, 6, 4, 1]) / 16
-        self.register_buffer("kernel", row.outer(row).repeat(3, 1, 1, 1), persistent=False)
-        self.register_buffer("boost", torch.zeros(()), persistent=False)
-
-    def blurred(self, x: Tensor, spacing: int) -> Tensor:
-        edged = F.pad(x, (2 * spacing,) * 4, mode="reflect")
-        return F.conv2d(edged, self.kernel, dilation=spacing, groups=3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.blurred(x, 1)
-        return x + self.boost * (3 * x - 2 * a - self.blurred(a, 2))
 
 
 class Discriminator(nn.Module):
@@ -1385,6 +321,143 @@ class Discriminator(nn.Module):
         return gradient
 
 
+class Bias(nn.Module):
+    """Adds a learned number for each channel and place, (N, C, H, W) -> same."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias.to(x.dtype)
+
+
+class Blur(nn.Module):
+    """The filter (1 2 1)⊗(1 2 1) / 16 on each channel, (N, C, H, W) -> same. After a doubling it takes away the
+    checkerboard, before a halving what would alias (arXiv 1904.11486)."""
+    kernel: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        row = torch.tensor([1.0, 2, 1]) / 4
+        self.register_buffer("kernel", row.outer(row).repeat(channels, 1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel, padding=1, groups=x.shape[1])
+
+
+class Score(nn.Conv2d):
+    """The discriminator's last layer, never in bf16: accuracies and losses are small differences of large scores."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(at_least_float32(x))
+
+
+class Louder(nn.Module):
+    """Faces (N, 3, S, S) -> same with their fine detail raised, x + boost · (3 x - 2 a - b): a is x blurred, b is a
+    blurred at twice the spacing. Boost 0 is x; boost 1 doubles a - b and quadruples x - a.
+
+    Networks learn last what has little amplitude (arXiv 2111.02447): the finest octave has a twentieth of the coarse
+    ones'. To bound a critic's slope in louder faces is to choose another norm (arXiv 1806.06621)."""
+    kernel: Tensor
+    boost: Tensor
+
+    def __init__(self):
+        super().__init__()
+        row = torch.tensor([1.0, 4, 6, 4, 1]) / 16
+        self.register_buffer("kernel", row.outer(row).repeat(3, 1, 1, 1), persistent=False)
+        self.register_buffer("boost", torch.zeros(()), persistent=False)
+
+    def blurred(self, x: Tensor, spacing: int) -> Tensor:
+        edged = F.pad(x, (2 * spacing,) * 4, mode="reflect")
+        return F.conv2d(edged, self.kernel, dilation=spacing, groups=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.blurred(x, 1)
+        return x + self.boost * (3 * x - 2 * a - self.blurred(a, 2))
+
+
+class InstanceNorm(nn.Module):
+    """Instance normalisation with learned scale and shift, (N, C, H, W) -> same (arXiv 1607.08022).
+
+    Written out, because the penalty needs its parts, and in sums: torch's mean and variance of channels-last memory
+    and their derivatives take several times as long."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x with mean 0 and variance 1 in each image and channel, the factor (N, C, 1, 1) that this took)."""
+        centred = x - spatial_mean(x)
+        factor = torch.rsqrt(spatial_mean(centred.square()) + 1e-5).to(x.dtype)
+        return centred * factor, factor
+
+    def scale_and_shift(self, normal: Tensor) -> Tensor:
+        weight, bias = (parameter[:, None, None].to(normal.dtype) for parameter in (self.weight, self.bias))
+        return torch.addcmul(bias, normal, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale_and_shift(self.normalise(x)[0])
+
+    def input_gradient(self, gradient: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
+        """The gradient with respect to x, from the one with respect to the output and what normalise(x) returned."""
+        gradient = gradient * self.weight[:, None, None].to(gradient.dtype)
+        return factor * (gradient - spatial_mean(gradient) - normal * spatial_mean(gradient * normal))
+
+
+def stage_channels(size: int, width: int) -> tuple[int, list[int]]:
+    """(base, channels at each side from the smallest to the full one): 80, 64 -> (5, [512, 256, 128, 64, 32])."""
+    base, doublings = size, 0
+    while base > 7:
+        base, doublings = base // 2, doublings + 1
+    return base, [min(8 * width, width * 2 ** stage // 2) for stage in reversed(range(doublings + 1))]
+
+
+def spatial_mean(x: Tensor) -> Tensor:
+    """Mean over height and width, (N, C, H, W) -> (N, C, 1, 1)."""
+    return (x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])).to(x.dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The same numbers with the precision that losses need; in bf16 they would have three digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU. UserError where the one asked for is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name != "auto" and not available[name]:
+        raise UserError(f"--device {name} is not available here: leave it out, or say cpu")
+    return torch.device(next(device for device in available if available[device]) if name == "auto" else name)
+
+
+@cache
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto: 'bf16' where the device is known to multiply matrices of it natively, else 'fp32'; emulated, bf16 takes a
+    hundred times as long as float32. Timing both would tell of any processor, but not the same on a busy machine."""
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        with suppress(OSError):  # there is no such file but on Linux
+            native = bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()))
+    return name if name != "auto" else "bf16" if native else "fp32"
+
+
+def autocast(device: torch.device, precision: str = "auto") -> Callable:
+    """What makes the context in which networks compute in the precision, their weights staying float32."""
+    bf16 = pick_precision(precision, device) == "bf16"
+    return partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
+
+
+def channels_last(network: Network, device: torch.device) -> Network:
+    """The network on its device, in the memory layout in which convolutions are fastest."""
+    return nn.utils.convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
+
+
 def seeded(seed: int, make: type[Network], *arguments) -> Network:
     """A network with torch's default weights, drawn on the CPU from the seed alone, so the same for every device.
 
@@ -1393,21 +466,6 @@ def seeded(seed: int, make: type[Network], *arguments) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_stream(make.__name__, seed).initial_seed())
         return make(*arguments)
-
-
-@torch.inference_mode()
-def draw(generator: nn.Module, z: Tensor, chunk: int = 100, precision: str = "auto") -> Tensor:
-    """Latent vectors (N, 128) -> uint8 images (N, 3, S, S) on the CPU, `chunk` at a time.
-
-    In evaluation mode, so that a face does not depend on the others drawn with it. bf16, where that is native, takes
-    half the time of 'fp32' and changes colours by a few of 255 steps: faces that someone keeps are drawn in 'fp32'."""
-    device = next(generator.parameters()).device
-    training = generator.training
-    generator.eval()
-    with autocast(device, precision)():
-        images = torch.cat([to_image(generator(part.to(device))) for part in z.split(chunk)])
-    generator.train(training)
-    return images.contiguous()
 
 
 def draw_latents(count: int, seed: int, min_abs: float = 0.0) -> Tensor:
@@ -1587,9 +645,11 @@ class Balance:
 
 
 # ================================================================================================
-# Run directory: checkpoints, log, sample grids, curves; a kill at any moment leaves them readable
+# Training: one minibatch from top to bottom, and the loop over minibatches
 # ================================================================================================
 
+AVERAGE_HALF_LIFE = 0.05  # of the averaged generator, as a share of the images seen: it forgets the beginning of a run
+STATISTICS_FACES = 500  # of which the averaged generator's BatchNorm takes its statistics
 COLUMNS = ("discriminator_accuracy", "generator_accuracy", "discriminator_loss", "generator_loss", "gradient_penalty",
            "discriminator_share")  # what each minibatch measures
 
@@ -1604,6 +664,604 @@ class Progress:
     generator_updates: int = 0
     averaged_at: int = 0  # images_seen when the averaged generator was last updated
     seconds: float = 0.0  # spent in the unfinished epoch
+
+
+def on_cpu(value):
+    """A copy on the CPU of all tensors in nested dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(item) for item in value]
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, network: nn.Module, half_lives: float) -> None:
+    """Let an average of a network's weights and BatchNorm statistics forget for so many half-lives."""
+    weight = 1 - 0.5 ** half_lives
+    for mean, value in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+        mean.lerp_(value, weight) if mean.is_floating_point() else mean.copy_(value)  # BatchNorm's counter
+
+
+class Pair:
+    """Generator and discriminator, the averaged generator, the optimizers, the balance between them and the random
+    numbers of a run: all that training changes.
+
+    A minibatch is made of steps without arguments: measure, then update one network; or both in one, while a run of
+    discriminator updates lasts. They read and write the same memory each time, so that a GPU can be handed each as one
+    recorded graph: launching their hundreds of small kernels takes longer than the kernels."""
+    fake: Tensor  # what `measure` leaves for `update`
+    losses: dict[str, Tensor]
+
+    def __init__(self, settings: TrainSettings, size: int, device: torch.device, ranks: Ranks | None = None):
+        self.ranks = ranks or Ranks()
+        self.objective = OBJECTIVES[settings.model](settings)
+        self.balance = Balance(settings.balance, self.objective.enough, self.objective.afterwards)
+        self.generator = channels_last(seeded(settings.seed, Generator, size, settings.width), device)
+        self.discriminator = channels_last(
+            seeded(settings.seed, Discriminator, size, settings.width, self.objective.norm), device)
+        self.averaged = copy.deepcopy(self.generator)
+        self.optimizers = {"generator": self.objective.optimizer(self.generator),
+                           "discriminator": self.objective.optimizer(self.discriminator)}
+        self.random = random_stream("latent vectors", settings.seed, device)
+        self.statistics_z = draw_latents(STATISTICS_FACES, settings.seed + 2).to(device)
+        self.device = device
+        self.progress = Progress()
+        self.rows: list[Tensor] = []  # COLUMNS of each minibatch of the unfinished epoch
+        self.precision = pick_precision(settings.precision, device)
+        self.autocast = autocast(device, self.precision)
+        self.real = torch.empty(0, device=device)  # this rank's part of a minibatch; with it come z, mix and row
+        self.steps = self.plain_steps(keep_graph=False)
+        # Updates before a GPU records them: libraries choose their kernels and optimizers make their state.
+        self.warm_up = {"discriminator": 3, "generator": 3} if device.type == "cuda" and self.ranks.count == 1 else {}
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator, "discriminator": self.discriminator, "averaged": self.averaged}
+
+    def train_on(self, real: Tensor) -> Tensor:
+        """Measure both accuracies on a minibatch of faces, of which (N, 3, S, S) are this rank's, N the same each time,
+        and train the network whose turn it is. Returns its row of COLUMNS, on the device: the host waits for it only to
+        choose."""
+        if self.real.shape != real.shape:
+            self.make_room(real)
+        self.real.copy_(real)
+        self.all_z.normal_(generator=self.random)
+        self.discriminator.louder.boost.fill_(self.objective.boost(self.progress.images_seen))
+        if self.balance.decided:
+            turn, step = self.balance.choose(0, 0), "run"
+        else:
+            self.steps["measure"]()
+            turn = step = self.balance.choose(*self.row[:2].tolist())
+            self.ranks.agree()
+        if turn == "discriminator":
+            self.all_mix.uniform_(generator=self.random)
+        self.steps[step]()
+        self.count(len(self.all_z), turn)
+        if self.warm_up:
+            self.warm_up[turn] -= 1
+            if max(self.warm_up.values()) <= 0:
+                self.record_steps(record_cuda_graphs)
+        self.rows.append(self.row.clone())
+        return self.rows[-1]
+
+    def make_room(self, real: Tensor) -> None:
+        """Lay out what every minibatch of this shape is read into. Each rank draws the random numbers of all, so that
+        any number of ranks goes on in the same way."""
+        faces = torch.tensor(float(len(real)), device=self.device)
+        self.ranks.add_up(faces)
+        self.share, part = len(real) / faces.item(), self.ranks.part(int(faces))
+        self.real, self.row = torch.empty_like(real), real.new_empty(len(COLUMNS))
+        self.all_z, self.all_mix = real.new_empty(int(faces), LATENT_SIZE), real.new_empty(int(faces))
+        self.z, self.mix = self.all_z[part], self.all_mix[part]
+
+    def plain_steps(self, keep_graph: bool) -> dict[str, Callable[[], None]]:
+        """The steps by name, in an order in which they can be recorded: with keep_graph, both updates can follow one
+        measurement, the generator's first, because the discriminator's changes weights that the generator's needs."""
+        return {"measure": self.measure, "generator": partial(self.update, "generator", keep_graph),
+                "discriminator": partial(self.update, "discriminator"), "run": self.run_of_discriminator}
+
+    def record_steps(self, record: Callable[[dict], dict]) -> None:
+        """Replace the steps by what `record` makes of them; where it cannot, say so and go on without."""
+        self.warm_up = {}
+        try:
+            self.steps = record(self.plain_steps(keep_graph=True))
+        except RuntimeError as error:
+            say(f"CUDA graphs do not work here ({one_line(error)}): training goes on without, more slowly")
+
+    def measure(self, generator_may_train: bool = True) -> None:
+        """Both networks' forward passes: faces, accuracies and losses, these as the rank's share of those of all."""
+        with self.autocast():
+            with torch.set_grad_enabled(generator_may_train):
+                self.fake = self.generator(self.z)
+            real, fake = self.discriminator(self.real.to(self.fake.dtype)), self.discriminator(self.fake)
+        self.losses = {"discriminator": self.share * self.objective.discriminator_loss(real, fake),
+                       "generator": self.share * self.objective.generator_loss(fake)}
+        with torch.no_grad():
+            accuracies = [self.share * accuracy for accuracy in self.objective.accuracies(real, fake)]
+            torch.stack([*accuracies, *self.losses.values()], out=self.row[:4])
+            self.ranks.add_up(self.row[:4])
+
+    def update(self, turn: str, keep_graph: bool = False) -> None:
+        """One optimizer step of one network, down the gradient of its weights alone: backward(inputs=...) follows the
+        graph to those and computes no other's."""
+        loss, penalty = self.losses[turn], self.row.new_full((), math.nan)
+        if turn == "discriminator":
+            with self.autocast():
+                penalty = self.share * self.objective.penalty(
+                    self.discriminator, self.real.to(self.fake.dtype), self.fake.detach(), self.mix.to(self.fake.dtype))
+            loss = loss + penalty
+        weights = list(self.networks()[turn].parameters())
+        self.optimizers[turn].zero_grad()
+        loss.backward(inputs=weights, retain_graph=keep_graph)
+        self.row[4].copy_(penalty.detach())
+        self.ranks.add_up(self.row[4], *(weight.grad for weight in weights if weight.grad is not None))
+        self.optimizers[turn].step()
+        if turn == "discriminator":
+            self.objective.constrain(self.discriminator)
+        self.row[5].fill_(turn == "discriminator")
+        if not keep_graph:
+            del self.fake, self.losses  # and with them the activations
+
+    def run_of_discriminator(self) -> None:
+        """A minibatch of a run of discriminator updates: the generator needs no graph."""
+        self.measure(generator_may_train=False)
+        self.update("discriminator")
+
+    def count(self, images: int, turn: str) -> None:
+        """Advance the counters and, after a generator update, the averaged generator (as arXiv 1710.10196 does)."""
+        progress = self.progress
+        progress.minibatch += 1
+        progress.images_seen += images
+        if turn == "discriminator":
+            progress.discriminator_updates += 1
+            return
+        progress.generator_updates += 1
+        half_life = AVERAGE_HALF_LIFE * progress.images_seen
+        move_average(self.averaged, self.generator, (progress.images_seen - progress.averaged_at) / half_life)
+        progress.averaged_at = progress.images_seen
+
+    def not_finite(self) -> str:
+        """What of the networks and of this epoch's losses is not a finite number; empty where all is well."""
+        epoch = self.progress.epoch + 1
+        for name, network in self.networks().items():
+            finite = torch.stack([weight.isfinite().all() for weight in network.parameters()])
+            if not finite.all():  # one wait for a GPU, not forty
+                return f"the weights of the {name} are not finite in epoch {epoch}"
+        bad = ~torch.stack(self.rows)[:, 2:4].isfinite()
+        if bad.any():
+            minibatch, column = bad.nonzero()[0].tolist()
+            owner = COLUMNS[2 + column].removesuffix("_loss")
+            return f"the loss of the {owner} is not finite since epoch {epoch}, minibatch {minibatch + 1}"
+        return ""
+
+    def finish_epoch(self) -> dict:
+        """Begin the next epoch. Returns what the log says of this one: means over its minibatches. Only `seconds`
+        depends on the clock.
+
+        The averaged generator gets the BatchNorm statistics of its own activations: the mean of those that past weights
+        had is not theirs, and costs fine detail (arXiv 1803.05407)."""
+        with self.autocast():
+            update_bn(self.statistics_z.split(50), self.averaged)
+        means = dict(zip(COLUMNS, torch.stack(self.rows).double().nanmean(0).tolist()))
+        seconds, self.rows, progress = self.progress.seconds, [], self.progress
+        progress.epoch, progress.minibatch, progress.seconds = progress.epoch + 1, 0, 0.0
+        return {"epoch": progress.epoch, "images_seen": progress.images_seen,
+                "discriminator_updates": progress.discriminator_updates,
+                "generator_updates": progress.generator_updates,
+                **{name: None if math.isnan(mean) else round(mean, 6) for name, mean in means.items()},
+                "seconds": round(seconds, 2)}
+
+    def state(self) -> dict:
+        """A copy on the CPU of all that must be saved to go on exactly, in plain types and tensors."""
+        return on_cpu({
+            "networks": {name: network.state_dict() for name, network in self.networks().items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "random": self.random.get_state(), "device": self.device.type, "progress": asdict(self.progress),
+            "stats": self.rows, "discriminator_left": self.balance.discriminator_left})
+
+    def share_state(self) -> None:
+        """Give all ranks the state of the first."""
+        if self.ranks.count > 1:
+            box = [{"settings": {"balance": self.balance.rule}, **self.state()}]
+            with with_other_ranks():
+                dist.broadcast_object_list(box)
+            self.load_state(box[0])
+
+    def load_state(self, state: dict) -> None:
+        """Take over a checkpoint: what `state` returned, on this or another kind of device, and the run's settings."""
+        for name, network in self.networks().items():
+            network.load_state_dict(state["networks"][name])
+        for turn, optimizer in self.optimizers.items():
+            groups = optimizer.state_dict()["param_groups"]  # ours: some of their flags belong to the device
+            optimizer.load_state_dict({**state["optimizers"][turn], "param_groups": groups})
+        self.progress = Progress(**state["progress"])
+        self.rows = [row.to(self.device) for row in state["stats"][:self.progress.minibatch]]
+        if state["settings"]["balance"] == self.balance.rule:
+            self.balance.discriminator_left = state["discriminator_left"]
+        if state["device"] == self.device.type:
+            self.random.set_state(state["random"])
+        else:  # the generators of devices differ: go on with new numbers, the same at each such change
+            self.random.manual_seed(self.random.initial_seed() + self.progress.images_seen)
+
+
+def minibatches(pair: Pair, faces: TrainingFaces, epochs: int) -> Iterator[bool]:
+    """Train to so many epochs or until asked to stop; after each minibatch, whether it was the last of its epoch, which
+    is then to be finished."""
+    progress = pair.progress
+    while progress.epoch < epochs:
+        started = time.monotonic() - progress.seconds
+        for real in faces.epoch(progress.epoch, progress.minibatch):
+            pair.train_on(real)  # measures both networks and trains the one that is behind
+            progress.seconds = time.monotonic() - started
+            yield progress.minibatch == faces.minibatches
+            if pair.ranks.stop:
+                return
+
+
+class StopRequest:
+    """While entered, Ctrl-C and SIGTERM only set `code` (130, 143), the exit code; a second one ends at once."""
+    code: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def handle(self, number: int, frame) -> None:
+        if self.code is not None:
+            os._exit(128 + number)  # writes are atomic: whatever was being written, the last checkpoint is whole
+        self.code = 128 + number
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Ranks:
+    """The processes that train one run, each on a device of its own and on a part of every minibatch. What they add up
+    is the same in each to the last bit, and so is all that they decide from it. The first alone reads and writes the
+    run's files. A single process, which is the rule, is the first of one."""
+
+    def __init__(self, number: int = 0, count: int = 1):
+        self.number, self.count = number, count
+        self.request, self.agreed, self.asked = StopRequest(), False, torch.zeros(1)
+
+    @classmethod
+    @contextmanager
+    def joined(cls, device: torch.device) -> Iterator[Ranks]:
+        """Those that torchrun started, as its environment says. UserError where they cannot work together."""
+        number, count, place = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if count < 2:
+            yield cls()
+            return
+        if device.type == "cuda" and place < torch.cuda.device_count():
+            torch.cuda.set_device(place)
+        elif device.type != "cpu":
+            raise UserError(f"no {device.type} device for process {place + 1} of this machine: lower --nproc_per_node, "
+                            "or say --device cpu")
+        # torchrun's store still has the addresses of before a restart; several machines may not count these alike.
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(count)
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+        with with_other_ranks():
+            store = dist.PrefixStore(f"start {start}", next(rendezvous("env://"))[0])
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
+                                    world_size=count)
+        yield cls(number, count)
+        Sum.apply(torch.zeros(1, device=device))  # nobody leaves before the first one has written all
+        dist.destroy_process_group()
+
+    def part(self, size: int) -> slice:
+        """Which of the `size` faces of a minibatch are this rank's. UserError where there are too few."""
+        if size < self.count:
+            raise UserError(f"{size} faces in a minibatch are too few for {self.count} processes: raise --batch-size")
+        return slice(size * self.number // self.count, size * (self.number + 1) // self.count)
+
+    def add_up(self, *tensors: Tensor) -> None:
+        """Sum tensors over the ranks, in place, and see whether any rank was asked to stop."""
+        if self.count > 1:
+            asked = tensors[0].new_full((1,), self.request.code is not None)
+            total = Sum.apply(torch.cat([part.flatten() for part in (*tensors, asked)]))
+            *sums, self.asked = total.split([part.numel() for part in (*tensors, asked)])
+            for part, summed in zip(tensors, sums):
+                part.copy_(summed.view(part.shape))
+
+    def agree(self) -> None:
+        """Stop after this minibatch if any rank was asked to when they added up last. Waits for the device."""
+        if self.count > 1 and self.asked:
+            self.agreed, self.request.code = True, self.request.code or 128 + signal.SIGTERM
+
+    @property
+    def stop(self) -> bool:
+        """Whether all stop after this minibatch, with the exit code of the request."""
+        return self.agreed or self.count == 1 and self.request.code is not None
+
+
+def record_cuda_graphs(steps: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
+    """Record each step, without running it, as a CUDA graph and return what replays them. RuntimeError where a step or
+    the device does not allow it. They share their memory, so the first ones' results last only until the last runs."""
+    pool, replays = torch.cuda.graph_pool_handle(), {}
+    for name, step in steps.items():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            step()
+        replays[name] = graph.replay
+    return replays
+
+
+# ================================================================================================
+# Faces in memory: batches on disk -> minibatches; faces <-> images and pictures; files written whole or not at all
+# ================================================================================================
+
+BATCH_FILE_FACES = 200  # faces in one file of a dataset
+DATASET_FORMAT = 1
+
+
+def map_ahead(function: Callable, items: Iterable, threads: int = 0, ahead: int = 4) -> Iterator:
+    """Like map, on so many threads (0: one a core): Pillow, OpenCV and zlib work without holding the GIL. At most
+    `ahead` items a thread are begun before they are asked for, which bounds memory."""
+    waiting, threads = deque[Future](), threads or usable_cores()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def atomic_write(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that a kill or a power cut at any moment leaves either the old content or the new one.
+
+    Temporary file in the same folder -> flush -> fsync -> replace -> fsync of the folder. OSErrors name `path`."""
+    temporary = path.with_name(f".gan-{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # Windows cannot open a folder; its journal orders the rename itself
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {one_line(error)}") from None
+
+
+def remove_orphans(folder: Path) -> None:
+    """Remove what a killed process left half written in one of our folders (not below it: --run may be any folder)."""
+    for orphan in folder.glob(".gan-*"):
+        shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink(missing_ok=True)
+
+
+def read_manifest(data: Path) -> dict | None:
+    """The manifest of a dataset folder, or None where there is none of ours."""
+    try:
+        manifest = json.loads((data / "manifest.json").read_text("utf-8"))
+        return manifest if manifest["format"] == "gan.py faces" else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+class DamagedFaces(UserError):
+    """A dataset, or a file of it, that is not whole."""
+
+
+@contextmanager
+def damage_told(data: Path) -> Iterator[None]:
+    """DamagedFaces in the place of what a missing file or a wrong manifest causes."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedFaces(f"{error.filename} is missing: run `gan.py prepare` again") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        problem = f"{data / 'manifest.json'} is damaged ({one_line(error)})"
+        raise DamagedFaces(f"{problem}: run `gan.py prepare` again") from None
+
+
+def list_batches(data: Path, kind: str = "batches") -> tuple[int, list[dict]]:
+    """(side of a dataset's faces, its files with faces to train on or of kind 'held_out'), as its manifest says."""
+    manifest = read_manifest(data)
+    if manifest is None:
+        raise UserError(f"no dataset in {data}: make one with `gan.py prepare`, or name yours with --data")
+    if manifest.get("version") != DATASET_FORMAT:
+        raise UserError(f"{data / 'manifest.json'} is of another version of gan.py: run `gan.py prepare` again")
+    with damage_told(data):
+        size, batches = manifest["image_size"], manifest.get(kind, [])  # older datasets hold none out
+        counts = [batch["count"] for batch in batches]
+        if any(type(number) is not int or number < 1 for number in (size, *counts)):
+            raise ValueError("sizes and counts must be whole numbers")
+        if kind == "batches" and sum(counts) != manifest["count"]:
+            raise ValueError(f"{sum(counts)} faces in the batches, {manifest['count']} in the manifest")
+    return size, batches
+
+
+def read_batch(data: Path, size: int, batch: dict) -> Tensor:
+    """The uint8 faces (n, 3, size, size) of one file of a dataset. DamagedFaces names it where it is not whole."""
+    with damage_told(data):
+        path = data / batch["file"]
+        packed = path.read_bytes()
+        if hashlib.sha256(packed).hexdigest() != batch["sha256"]:
+            raise DamagedFaces(f"{path} is damaged (its SHA-256 is not the manifest's): run `gan.py prepare` again")
+        images = torch.load(io.BytesIO(gzip.decompress(packed)), weights_only=True)
+        if images.shape != (batch["count"], 3, size, size):
+            raise ValueError(f"{path.name} holds faces of shape {tuple(images.shape)}")
+    return images
+
+
+def read_batches(data: Path, size: int, batches: list[dict]) -> Tensor:
+    """The uint8 faces (N, 3, size, size) of files of a dataset, one after the other, read on all cores."""
+    faces, start = torch.empty(sum(batch["count"] for batch in batches), 3, size, size, dtype=torch.uint8), 0
+    for images in map_ahead(partial(read_batch, data, size), batches):
+        faces[start:start + len(images)] = images
+        start += len(images)
+    return faces
+
+
+def load_faces(data: Path, kind: str = "batches") -> tuple[Tensor, list[dict]]:
+    """Read a dataset's faces to train on, or those of kind 'held_out': (uint8 faces (N, 3, S, S), list of batches).
+    UserError names the file that is not whole."""
+    size, batches = list_batches(data, kind)
+    return read_batches(data, size, batches), batches
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, for each of the processes that share it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free = sys.maxsize  # where the system does not tell
+    with suppress(AttributeError, OSError, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = 1024 * int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0])
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container; "max" where it has none
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun tells
+
+
+class TrainingFaces:
+    """The faces of a dataset: the number of an epoch -> its minibatches.
+
+    `images` are the uint8 faces of each file on the device, four times less memory and traffic than float faces; None
+    where they would take more than `memory` GiB, by default half of what is free: then files are read again each epoch.
+    `minibatches` is how many an epoch has, each of `batch_size` faces, of which this process gets its `part`; what does
+    not fill one is left out, in each epoch others. `waited`: seconds that training waited for this epoch's faces."""
+    WINDOW_BYTES = 2 ** 27  # of faces that are shuffled together; two windows are in memory besides
+
+    def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device, memory: float | None = None,
+                 part: Callable[[int], slice] = slice):
+        """UserError where the dataset is not whole."""
+        self.size, self.files = list_batches(data)
+        self.data, self.seed, self.device, self.waited = data, seed, device, 0.0
+        counts = [file["count"] for file in self.files]
+        self.count = sum(counts)
+        self.batch_size = min(batch_size, self.count)
+        self.minibatches, self.part = self.count // self.batch_size, part(self.batch_size)
+        room = free_memory(device) / 2 if memory is None else memory * 2 ** 30
+        resident = self.count * 3 * self.size ** 2 <= room
+        self.images = load_faces(data)[0].to(device).split(counts) if resident else None
+
+    def read(self, files: list[int]) -> Tensor:
+        """The uint8 faces of files with these numbers, one after the other."""
+        if self.images is not None:
+            return torch.cat([self.images[file] for file in files])
+        return read_batches(self.data, self.size, [self.files[file] for file in files])
+
+    def first(self, count: int) -> Tensor:
+        """The first faces of the dataset, uint8 on the CPU."""
+        ends = accumulate(file["count"] for file in self.files[:-1])
+        return self.read([0, *(file for file, end in enumerate(ends, 1) if end < count)])[:count].cpu()
+
+    def order(self, epoch: int) -> list[tuple[list[int], Tensor]]:
+        """(numbers of its files, the order in which their faces come) of each window of an epoch. It depends on the
+        seed and the epoch alone."""
+        random, files = random_stream(f"order of epoch {epoch}", self.seed), torch.arange(len(self.files))
+        most = max(1, self.WINDOW_BYTES // (BATCH_FILE_FACES * 3 * self.size ** 2))
+        if len(files) > most:
+            files = torch.randperm(len(files), generator=random)
+        windows = [window.tolist() for window in files.split(most)]
+        counts = [sum(self.files[file]["count"] for file in window) for window in windows]
+        return [(window, torch.randperm(count, generator=random)) for window, count in zip(windows, counts)]
+
+    def stream(self, epoch: int, first: int) -> Iterator[Tensor]:
+        """The uint8 minibatches of an epoch from number `first` on. A window is read from disk while the one before is
+        used."""
+        windows, skipped = [], first * self.batch_size
+        for files, order in self.order(epoch):
+            windows += [(files, order[skipped:])] if skipped < len(order) else []
+            skipped = max(0, skipped - len(order))
+        rest = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        # A GPU that records its steps must not be used by another thread.
+        each = map if self.images is not None else partial(map_ahead, threads=1, ahead=1)
+        for images in each(lambda window: self.read(window[0])[window[1]], windows):
+            joined = torch.cat([rest.to(images.device), images])
+            del images  # makes room for the next window
+            *whole, rest = joined.tensor_split(tuple(range(self.batch_size, len(joined) + 1, self.batch_size)))
+            yield from whole
+            rest = rest.clone()
+            del joined, whole
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[Tensor]:
+        """This process's part of the minibatches of an epoch from number `first` on: float faces (n, 3, S, S) in
+        [-1, 1]. A resumed epoch goes on in the order it began with.
+
+        Every second face of a minibatch is mirrored; which ones these are is another matter of chance each epoch. So
+        faces count twice, and are learnt by heart later (tests/RESULTS.md)."""
+        mirrored = slice((self.part.start or 0) % 2, None, 2)  # the same ones for any number of processes
+        started, self.waited = time.monotonic(), 0.0
+        for images in self.stream(number, first):
+            real = to_face(images[self.part].to(self.device)).contiguous(memory_format=torch.channels_last)
+            real[mirrored] = real[mirrored].flip(3)
+            self.waited += time.monotonic() - started
+            yield real
+            started = time.monotonic()
+
+
+def to_face(images: Tensor) -> Tensor:
+    """uint8 images in 0..255 -> float faces in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_image(faces: Tensor) -> Tensor:
+    """Float faces in [-1, 1] -> uint8 images on the CPU; the inverse of to_face, to the nearest value."""
+    return ((faces.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+@torch.inference_mode()
+def draw(generator: nn.Module, z: Tensor, chunk: int = 100, precision: str = "auto") -> Tensor:
+    """Latent vectors (N, 128) -> uint8 images (N, 3, S, S) on the CPU, `chunk` at a time.
+
+    In evaluation mode, so that a face does not depend on the others drawn with it. bf16, where that is native, takes
+    half the time of 'fp32' and changes colours by a few of 255 steps: faces that someone keeps are drawn in 'fp32'."""
+    device = next(generator.parameters()).device
+    training = generator.training
+    generator.eval()
+    with autocast(device, precision)():
+        images = torch.cat([to_image(generator(part.to(device))) for part in z.split(chunk)])
+    generator.train(training)
+    return images.contiguous()
+
+
+def grid_image(images: Tensor, columns: int = 10, gap: int = 2) -> Image.Image:
+    """uint8 images (N, 3, S, S) as one picture, row by row, `gap` white pixels apart."""
+    count, _, size, _ = images.shape
+    cell, rows = size + gap, math.ceil(count / columns)
+    canvas = Image.new("RGB", (min(columns, count) * cell + gap, rows * cell + gap), "white")
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        canvas.paste(Image.fromarray(image), (gap + i % columns * cell, gap + i // columns * cell))
+    return canvas
+
+
+def write_grid(path: Path, images: Tensor) -> None:
+    """Write uint8 images as one PNG file, whole or not at all."""
+    atomic_write(path, png_bytes(grid_image(images)))
+
+
+def write_pngs(folder: Path, images: Tensor, first: int = 0, digits: int = 5) -> None:
+    """Write uint8 images as face-00000.png and so on, counted from `first`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy(), first):
+        atomic_write(folder / f"face-{i:0{digits}d}.png", png_bytes(Image.fromarray(image)))
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """An image as a PNG file, packed fast: for faces this is smaller than zlib's default strategy at level 1."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+    return buffer.getvalue()
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    """uint8 images (N, 3, S, S) as Pillow's."""
+    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).contiguous().numpy()]
+
+
+# ================================================================================================
+# Run folder: checkpoints, log, sample grids, curves; a kill at any moment leaves them readable
+# ================================================================================================
+
+DEMO_RUN = Path("runs/demo")
+CHECKPOINT_FORMAT = 3
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -1932,11 +1590,12 @@ class Run:
 
 
 # ================================================================================================
-# Judge: how near drawn faces are to real ones; it needs no download and nobody else's network
+# Judge: how near generated faces are to real ones; it needs no download and nobody else's network
 # ================================================================================================
 
 JUDGED_FACES = 1000  # real and drawn ones at most; always as many of both
 JUDGE_BATCH = 200  # images at a time, which bounds memory and changes no figure
+LEAST_JUDGED = 100  # fewer would say nothing
 FEATURES = 64
 NEIGHBOURS = 5  # the k of precision, recall and coverage
 SCORES = ("distance", "frechet", "precision", "recall", "coverage", "ms_ssim", "ms_ssim_real", "memory")
@@ -2189,6 +1848,13 @@ def collapsed(judged: list[dict], last: int = 3) -> bool:
             or all(scores["ms_ssim"] > min(old["ms_ssim"] for old in before) + 0.15 for scores in now))
 
 
+# ================================================================================================
+# A run: training that is judged, written down, stopped and gone on with
+# ================================================================================================
+
+COLLAPSED = 3  # the exit code of --stop-on-collapse
+
+
 class Jury:
     """Judges a run while it trains: scores for its log, its best checkpoint, the alarm when faces collapse."""
 
@@ -2233,348 +1899,6 @@ class Jury:
         return better
 
 
-def judge(settings: JudgeSettings) -> int:
-    """Judge checkpoints of a run and print a line each. Returns the exit code."""
-    run, device = find_run(settings.run), pick_device(settings.device)
-    if settings.checkpoint == "all":
-        paths = [*kept_checkpoints(run).values(), run / "best.pt", run / "last.pt"]
-        paths = [path for path in paths if path.exists()]
-    else:
-        paths = [find_checkpoint(run, settings.checkpoint)]
-    jury, lines = None, []
-    for path in paths:
-        generator, facts = load_generator(path, device)
-        if jury is None:
-            data = Path(settings.data or facts["data"])
-            jury = Judge(load_faces(data)[0], load_faces(data, "held_out")[0], device)
-            if not settings.json:
-                say(f"{jury.count} drawn faces against as many of {data} that were held out")
-                say(f"{'checkpoint':14s}{'epoch':>7s}" + "".join(f"{name:>13s}" for name in SCORES))
-        scores = jury.score(draw(generator, draw_latents(jury.count, settings.seed)))
-        lines.append({"checkpoint": str(path), "epoch": facts["epoch"], **scores})
-        if not settings.json:
-            say(f"{path.stem:14s}{facts['epoch']:7d}" + "".join(f"{scores[name]:13.3f}" for name in SCORES))
-    if settings.json:
-        say(json.dumps(lines, indent=1))
-    return 0
-
-
-# ================================================================================================
-# Training: the pair of networks, its steps, and the loop
-# ================================================================================================
-
-AVERAGE_HALF_LIFE = 0.05  # of the averaged generator, as a share of the images seen: it forgets the beginning of a run
-STATISTICS_FACES = 500  # of which the averaged generator's BatchNorm takes its statistics
-COLLAPSED = 3  # the exit code of --stop-on-collapse
-
-
-def on_cpu(value):
-    """A copy on the CPU of all tensors in nested dictionaries and lists."""
-    if isinstance(value, dict):
-        return {key: on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [on_cpu(item) for item in value]
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-
-@torch.no_grad()
-def move_average(average: nn.Module, network: nn.Module, half_lives: float) -> None:
-    """Let an average of a network's weights and BatchNorm statistics forget for so many half-lives."""
-    weight = 1 - 0.5 ** half_lives
-    for mean, value in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
-        mean.lerp_(value, weight) if mean.is_floating_point() else mean.copy_(value)  # BatchNorm's counter
-
-
-class StopRequest:
-    """While entered, Ctrl-C and SIGTERM only set `code` (130, 143), the exit code; a second one ends at once."""
-    code: int | None = None
-
-    def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def handle(self, number: int, frame) -> None:
-        if self.code is not None:
-            os._exit(128 + number)  # writes are atomic: whatever was being written, the last checkpoint is whole
-        self.code = 128 + number
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-class Ranks:
-    """The processes that train one run, each on a device of its own and on a part of every minibatch. What they add up
-    is the same in each to the last bit, and so is all that they decide from it. The first alone reads and writes the
-    run's files. A single process, which is the rule, is the first of one."""
-
-    def __init__(self, number: int = 0, count: int = 1):
-        self.number, self.count = number, count
-        self.request, self.agreed, self.asked = StopRequest(), False, torch.zeros(1)
-
-    @classmethod
-    @contextmanager
-    def joined(cls, device: torch.device) -> Iterator[Ranks]:
-        """Those that torchrun started, as its environment says. UserError where they cannot work together."""
-        number, count, place = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        if count < 2:
-            yield cls()
-            return
-        if device.type == "cuda" and place < torch.cuda.device_count():
-            torch.cuda.set_device(place)
-        elif device.type != "cpu":
-            raise UserError(f"no {device.type} device for process {place + 1} of this machine: lower --nproc_per_node, "
-                            "or say --device cpu")
-        # torchrun's store still has the addresses of before a restart; several machines may not count these alike.
-        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(count)
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
-        with with_other_ranks():
-            store = dist.PrefixStore(f"start {start}", next(rendezvous("env://"))[0])
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
-                                    world_size=count)
-        yield cls(number, count)
-        Sum.apply(torch.zeros(1, device=device))  # nobody leaves before the first one has written all
-        dist.destroy_process_group()
-
-    def part(self, size: int) -> slice:
-        """Which of the `size` faces of a minibatch are this rank's. UserError where there are too few."""
-        if size < self.count:
-            raise UserError(f"{size} faces in a minibatch are too few for {self.count} processes: raise --batch-size")
-        return slice(size * self.number // self.count, size * (self.number + 1) // self.count)
-
-    def add_up(self, *tensors: Tensor) -> None:
-        """Sum tensors over the ranks, in place, and see whether any rank was asked to stop."""
-        if self.count > 1:
-            asked = tensors[0].new_full((1,), self.request.code is not None)
-            total = Sum.apply(torch.cat([part.flatten() for part in (*tensors, asked)]))
-            *sums, self.asked = total.split([part.numel() for part in (*tensors, asked)])
-            for part, summed in zip(tensors, sums):
-                part.copy_(summed.view(part.shape))
-
-    def agree(self) -> None:
-        """Stop after this minibatch if any rank was asked to when they added up last. Waits for the device."""
-        if self.count > 1 and self.asked:
-            self.agreed, self.request.code = True, self.request.code or 128 + signal.SIGTERM
-
-    @property
-    def stop(self) -> bool:
-        """Whether all stop after this minibatch, with the exit code of the request."""
-        return self.agreed or self.count == 1 and self.request.code is not None
-
-
-def record_cuda_graphs(steps: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
-    """Record each step, without running it, as a CUDA graph and return what replays them. RuntimeError where a step or
-    the device does not allow it. They share their memory, so the first ones' results last only until the last runs."""
-    pool, replays = torch.cuda.graph_pool_handle(), {}
-    for name, step in steps.items():
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            step()
-        replays[name] = graph.replay
-    return replays
-
-
-class Pair:
-    """Generator and discriminator, the averaged generator, the optimizers, the balance between them and the random
-    numbers of a run: all that training changes.
-
-    A minibatch is made of steps without arguments: measure, then update one network; or both in one, while a run of
-    discriminator updates lasts. They read and write the same memory each time, so that a GPU can be handed each as one
-    recorded graph: launching their hundreds of small kernels takes longer than the kernels."""
-    fake: Tensor  # what `measure` leaves for `update`
-    losses: dict[str, Tensor]
-
-    def __init__(self, settings: TrainSettings, size: int, device: torch.device, ranks: Ranks | None = None):
-        self.ranks = ranks or Ranks()
-        self.objective = OBJECTIVES[settings.model](settings)
-        self.balance = Balance(settings.balance, self.objective.enough, self.objective.afterwards)
-        self.generator = channels_last(seeded(settings.seed, Generator, size, settings.width), device)
-        self.discriminator = channels_last(
-            seeded(settings.seed, Discriminator, size, settings.width, self.objective.norm), device)
-        self.averaged = copy.deepcopy(self.generator)
-        self.optimizers = {"generator": self.objective.optimizer(self.generator),
-                           "discriminator": self.objective.optimizer(self.discriminator)}
-        self.random = random_stream("latent vectors", settings.seed, device)
-        self.statistics_z = draw_latents(STATISTICS_FACES, settings.seed + 2).to(device)
-        self.device = device
-        self.progress = Progress()
-        self.rows: list[Tensor] = []  # COLUMNS of each minibatch of the unfinished epoch
-        self.precision = pick_precision(settings.precision, device)
-        self.autocast = autocast(device, self.precision)
-        self.real = torch.empty(0, device=device)  # this rank's part of a minibatch; with it come z, mix and row
-        self.steps = self.plain_steps(keep_graph=False)
-        # Updates before a GPU records them: libraries choose their kernels and optimizers make their state.
-        self.warm_up = {"discriminator": 3, "generator": 3} if device.type == "cuda" and self.ranks.count == 1 else {}
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"generator": self.generator, "discriminator": self.discriminator, "averaged": self.averaged}
-
-    def train_on(self, real: Tensor) -> Tensor:
-        """Measure both accuracies on a minibatch of faces, of which (N, 3, S, S) are this rank's, N the same each time,
-        and train the network whose turn it is. Returns its row of COLUMNS, on the device: the host waits for it only to
-        choose."""
-        if self.real.shape != real.shape:
-            self.make_room(real)
-        self.real.copy_(real)
-        self.all_z.normal_(generator=self.random)
-        self.discriminator.louder.boost.fill_(self.objective.boost(self.progress.images_seen))
-        if self.balance.decided:
-            turn, step = self.balance.choose(0, 0), "run"
-        else:
-            self.steps["measure"]()
-            turn = step = self.balance.choose(*self.row[:2].tolist())
-            self.ranks.agree()
-        if turn == "discriminator":
-            self.all_mix.uniform_(generator=self.random)
-        self.steps[step]()
-        self.count(len(self.all_z), turn)
-        if self.warm_up:
-            self.warm_up[turn] -= 1
-            if max(self.warm_up.values()) <= 0:
-                self.record_steps(record_cuda_graphs)
-        self.rows.append(self.row.clone())
-        return self.rows[-1]
-
-    def make_room(self, real: Tensor) -> None:
-        """Lay out what every minibatch of this shape is read into. Each rank draws the random numbers of all, so that
-        any number of ranks goes on in the same way."""
-        faces = torch.tensor(float(len(real)), device=self.device)
-        self.ranks.add_up(faces)
-        self.share, part = len(real) / faces.item(), self.ranks.part(int(faces))
-        self.real, self.row = torch.empty_like(real), real.new_empty(len(COLUMNS))
-        self.all_z, self.all_mix = real.new_empty(int(faces), LATENT_SIZE), real.new_empty(int(faces))
-        self.z, self.mix = self.all_z[part], self.all_mix[part]
-
-    def plain_steps(self, keep_graph: bool) -> dict[str, Callable[[], None]]:
-        """The steps by name, in an order in which they can be recorded: with keep_graph, both updates can follow one
-        measurement, the generator's first, because the discriminator's changes weights that the generator's needs."""
-        return {"measure": self.measure, "generator": partial(self.update, "generator", keep_graph),
-                "discriminator": partial(self.update, "discriminator"), "run": self.run_of_discriminator}
-
-    def record_steps(self, record: Callable[[dict], dict]) -> None:
-        """Replace the steps by what `record` makes of them; where it cannot, say so and go on without."""
-        self.warm_up = {}
-        try:
-            self.steps = record(self.plain_steps(keep_graph=True))
-        except RuntimeError as error:
-            say(f"CUDA graphs do not work here ({one_line(error)}): training goes on without, more slowly")
-
-    def measure(self, generator_may_train: bool = True) -> None:
-        """Both networks' forward passes: faces, accuracies and losses, these as the rank's share of those of all."""
-        with self.autocast():
-            with torch.set_grad_enabled(generator_may_train):
-                self.fake = self.generator(self.z)
-            real, fake = self.discriminator(self.real.to(self.fake.dtype)), self.discriminator(self.fake)
-        self.losses = {"discriminator": self.share * self.objective.discriminator_loss(real, fake),
-                       "generator": self.share * self.objective.generator_loss(fake)}
-        with torch.no_grad():
-            accuracies = [self.share * accuracy for accuracy in self.objective.accuracies(real, fake)]
-            torch.stack([*accuracies, *self.losses.values()], out=self.row[:4])
-            self.ranks.add_up(self.row[:4])
-
-    def update(self, turn: str, keep_graph: bool = False) -> None:
-        """One optimizer step of one network, down the gradient of its weights alone: backward(inputs=...) follows the
-        graph to those and computes no other's."""
-        loss, penalty = self.losses[turn], self.row.new_full((), math.nan)
-        if turn == "discriminator":
-            with self.autocast():
-                penalty = self.share * self.objective.penalty(
-                    self.discriminator, self.real.to(self.fake.dtype), self.fake.detach(), self.mix.to(self.fake.dtype))
-            loss = loss + penalty
-        weights = list(self.networks()[turn].parameters())
-        self.optimizers[turn].zero_grad()
-        loss.backward(inputs=weights, retain_graph=keep_graph)
-        self.row[4].copy_(penalty.detach())
-        self.ranks.add_up(self.row[4], *(weight.grad for weight in weights if weight.grad is not None))
-        self.optimizers[turn].step()
-        if turn == "discriminator":
-            self.objective.constrain(self.discriminator)
-        self.row[5].fill_(turn == "discriminator")
-        if not keep_graph:
-            del self.fake, self.losses  # and with them the activations
-
-    def run_of_discriminator(self) -> None:
-        """A minibatch of a run of discriminator updates: the generator needs no graph."""
-        self.measure(generator_may_train=False)
-        self.update("discriminator")
-
-    def count(self, images: int, turn: str) -> None:
-        """Advance the counters and, after a generator update, the averaged generator (as arXiv 1710.10196 does)."""
-        progress = self.progress
-        progress.minibatch += 1
-        progress.images_seen += images
-        if turn == "discriminator":
-            progress.discriminator_updates += 1
-            return
-        progress.generator_updates += 1
-        half_life = AVERAGE_HALF_LIFE * progress.images_seen
-        move_average(self.averaged, self.generator, (progress.images_seen - progress.averaged_at) / half_life)
-        progress.averaged_at = progress.images_seen
-
-    def not_finite(self) -> str:
-        """What of the networks and of this epoch's losses is not a finite number; empty where all is well."""
-        epoch = self.progress.epoch + 1
-        for name, network in self.networks().items():
-            finite = torch.stack([weight.isfinite().all() for weight in network.parameters()])
-            if not finite.all():  # one wait for a GPU, not forty
-                return f"the weights of the {name} are not finite in epoch {epoch}"
-        bad = ~torch.stack(self.rows)[:, 2:4].isfinite()
-        if bad.any():
-            minibatch, column = bad.nonzero()[0].tolist()
-            owner = COLUMNS[2 + column].removesuffix("_loss")
-            return f"the loss of the {owner} is not finite since epoch {epoch}, minibatch {minibatch + 1}"
-        return ""
-
-    def finish_epoch(self) -> dict:
-        """Begin the next epoch. Returns what the log says of this one: means over its minibatches. Only `seconds`
-        depends on the clock.
-
-        The averaged generator gets the BatchNorm statistics of its own activations: the mean of those that past weights
-        had is not theirs, and costs fine detail (arXiv 1803.05407)."""
-        with self.autocast():
-            update_bn(self.statistics_z.split(50), self.averaged)
-        means = dict(zip(COLUMNS, torch.stack(self.rows).double().nanmean(0).tolist()))
-        seconds, self.rows, progress = self.progress.seconds, [], self.progress
-        progress.epoch, progress.minibatch, progress.seconds = progress.epoch + 1, 0, 0.0
-        return {"epoch": progress.epoch, "images_seen": progress.images_seen,
-                "discriminator_updates": progress.discriminator_updates,
-                "generator_updates": progress.generator_updates,
-                **{name: None if math.isnan(mean) else round(mean, 6) for name, mean in means.items()},
-                "seconds": round(seconds, 2)}
-
-    def state(self) -> dict:
-        """A copy on the CPU of all that must be saved to go on exactly, in plain types and tensors."""
-        return on_cpu({
-            "networks": {name: network.state_dict() for name, network in self.networks().items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "random": self.random.get_state(), "device": self.device.type, "progress": asdict(self.progress),
-            "stats": self.rows, "discriminator_left": self.balance.discriminator_left})
-
-    def share_state(self) -> None:
-        """Give all ranks the state of the first."""
-        if self.ranks.count > 1:
-            box = [{"settings": {"balance": self.balance.rule}, **self.state()}]
-            with with_other_ranks():
-                dist.broadcast_object_list(box)
-            self.load_state(box[0])
-
-    def load_state(self, state: dict) -> None:
-        """Take over a checkpoint: what `state` returned, on this or another kind of device, and the run's settings."""
-        for name, network in self.networks().items():
-            network.load_state_dict(state["networks"][name])
-        for turn, optimizer in self.optimizers.items():
-            groups = optimizer.state_dict()["param_groups"]  # ours: some of their flags belong to the device
-            optimizer.load_state_dict({**state["optimizers"][turn], "param_groups": groups})
-        self.progress = Progress(**state["progress"])
-        self.rows = [row.to(self.device) for row in state["stats"][:self.progress.minibatch]]
-        if state["settings"]["balance"] == self.balance.rule:
-            self.balance.discriminator_left = state["discriminator_left"]
-        if state["device"] == self.device.type:
-            self.random.set_state(state["random"])
-        else:  # the generators of devices differ: go on with new numbers, the same at each such change
-            self.random.manual_seed(self.random.initial_seed() + self.progress.images_seen)
-
-
 def describe_epoch(line: dict, images: int, epochs: int) -> str:
     """A line for the terminal about a finished epoch of so many images: speed, time left, and how both networks do."""
     seconds = max(line["seconds"], 0.01)
@@ -2583,20 +1907,6 @@ def describe_epoch(line: dict, images: int, epochs: int) -> str:
     return (f"epoch {line['epoch']}/{epochs}: {images / seconds:.1f} img/s, {left} left, {waited}"
             f"acc D {line['discriminator_accuracy']:.2f} G {line['generator_accuracy']:.2f}, "
             f"D trained {line['discriminator_share']:.0%}")
-
-
-def minibatches(pair: Pair, faces: TrainingFaces, epochs: int) -> Iterator[bool]:
-    """Train to so many epochs or until asked to stop; after each minibatch, whether it was the last of its epoch, which
-    is then to be finished."""
-    progress = pair.progress
-    while progress.epoch < epochs:
-        started = time.monotonic() - progress.seconds
-        for real in faces.epoch(progress.epoch, progress.minibatch):
-            pair.train_on(real)  # measures both networks and trains the one that is behind
-            progress.seconds = time.monotonic() - started
-            yield progress.minibatch == faces.minibatches
-            if pair.ranks.stop:
-                return
 
 
 def follow(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
@@ -2668,8 +1978,616 @@ def train(settings: TrainSettings) -> int:
 
 
 # ================================================================================================
-# Drawing faces: PNG files and films from a trained run
+# Preparing photos: a folder or an archive -> crops -> batches and a manifest; the cartoon faces last
 # ================================================================================================
+
+MAX_FILE_BYTES = 100_000_000  # a larger "photo" is skipped: it would only serve to fill the memory
+MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
+MIN_FACE_PIXELS = 8  # a crop with a shorter side holds no face
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # none that starts other programs
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+RAW_SUFFIXES = (".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
+HELD_OUT_FACES = 1000  # at most; the judge compares with them
+LOOK_PIXELS = 360  # longer side of the picture in which faces are looked for first
+THREAD = threading.local()  # holds the detector of each thread
+OPENCV = threading.Lock()  # it cannot be imported by two threads at once
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of an upright photo
+OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.(pt\.gz|json)|\.gan-.*")
+
+
+class Entry(NamedTuple):
+    """Something named like a photo. `read()` gives its bytes, on any thread; `problem`, if any, says why it is skipped;
+    `version` is another one when the file has changed."""
+    name: str
+    read: Callable[[], bytes]
+    problem: str = ""
+    version: tuple[int, int] = (0, 0)
+
+
+@cache
+def readable_here() -> tuple[list[str], dict[str, str]]:
+    """(Formats of Pillow's that are read here, suffix of photos that are not -> what to do)."""
+    formats, other = list(IMAGE_FORMATS), dict.fromkeys(RAW_SUFFIXES, "convert them to JPEG")
+    if features.check("avif"):
+        formats.append("AVIF")
+    else:
+        other[".avif"] = "pip install --upgrade pillow"
+    try:
+        import pillow_heif
+        pillow_heif.register_heif_opener()
+        formats.append("HEIF")
+    except ImportError:
+        other |= dict.fromkeys(HEIF_SUFFIXES, "pip install pillow-heif")
+    return formats, other
+
+
+def is_photo_name(name: str) -> bool:
+    """Whether a path inside a source is named like a photo; hidden files and macOS's archive litter are not."""
+    hidden = any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in name.split("/"))
+    return name.lower().endswith((*IMAGE_SUFFIXES, ".avif", *HEIF_SUFFIXES, *RAW_SUFFIXES)) and not hidden
+
+
+def checked(name: str, read: Callable[[], bytes], mode: int, size: int, changed: int) -> Entry:
+    """An Entry that is refused when it is a link, a device, empty, too large or named to lead out of its source."""
+    leads_out = ".." in name.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", name)
+    problem = ("is a link" if stat.S_ISLNK(mode) else "is not a regular file" if not stat.S_ISREG(mode)
+               else "is empty" if size == 0
+               else f"is larger than {MAX_FILE_BYTES // 10**6} MB" if size > MAX_FILE_BYTES
+               else "has a path that leads out of its archive" if leads_out else "")
+    return Entry(name.removeprefix("./"), read, problem, (size, changed))
+
+
+def walk_source(source: Path, scratch: Path) -> Iterator[Entry]:
+    """Everything named like a photo in a folder, .zip, .tar or .tgz, one by one; nothing is written but to `scratch`.
+
+    An archive that breaks off ends with an Entry of its own name that says so."""
+    try:
+        if source.is_dir():
+            yield from walk_folder(source)
+        elif zipfile.is_zipfile(source):
+            yield from walk_zip(source)
+        else:
+            yield from walk_tar(source, scratch)
+    except Exception as error:  # each kind of archive and compression raises its own kinds of error
+        yield Entry(source.name, bytes, f"cannot be read further: {one_line(error)}")
+
+
+def walk_folder(root: Path) -> Iterator[Entry]:
+    """Photos of a folder and those in it, sorted; linked folders are not entered."""
+    troubles: list[OSError] = []
+    for folder, subfolders, names in os.walk(root, onerror=troubles.append):
+        subfolders.sort()
+        for path in (os.path.join(folder, name) for name in sorted(names)):
+            name = os.path.relpath(path, root).replace(os.sep, "/")
+            if is_photo_name(name) and not (os.path.basename(path) == "faces.png" and "manifest.json" in names):
+                info = os.lstat(path)
+                yield checked(name, partial(read_part, path), info.st_mode, info.st_size, info.st_mtime_ns)
+    for error in troubles:
+        yield Entry(os.path.relpath(error.filename, root), bytes, one_line(error))
+
+
+def read_part(path: str | Path, start: int = 0, size: int = -1) -> bytes:
+    """`size` bytes of a file, all by default; OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
+def walk_zip(path: Path) -> Iterator[Entry]:
+    """Photos of a .zip, in its order."""
+    archive, changed = zipfile.ZipFile(path), path.stat().st_mtime_ns  # stays open for the entries
+    for info in archive.infolist():
+        if is_photo_name(info.filename):
+            mode = info.external_attr >> 16
+            mode = mode if stat.S_IFMT(mode) else stat.S_IFREG
+            yield checked(info.filename, partial(archive.read, info), mode, info.file_size, changed)
+
+
+def walk_tar(path: Path, scratch: Path) -> Iterator[Entry]:
+    """Photos of a .tar, in its order. Those of a packed one are copied to a scratch file, where they can be found."""
+    changed = path.stat().st_mtime_ns
+    with tarfile.open(path) as archive, open(scratch / "photos", "wb") as copies:
+        packed = not isinstance(archive.fileobj, io.BufferedReader)
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined]  # tarfile would remember each of a long archive
+            if is_photo_name(member.name) and not member.isdir():
+                read = partial(read_part, path, member.offset_data, member.size)
+                if packed and member.isreg() and member.size <= MAX_FILE_BYTES:
+                    read = partial(read_part, scratch / "photos", copies.tell(), member.size)
+                    archive.fileobj.seek(member.offset_data)
+                    copies.write(archive.fileobj.read(member.size))
+                mode = stat.S_IFLNK if member.issym() or member.islnk() else stat.S_IFREG if member.isreg() else 0
+                yield checked(member.name, read, mode, member.size, changed)
+
+
+def by_person(names: list[str]) -> list[list[str]]:
+    """The names of each person's photos, in their order. A person is a folder. A flat folder, one folder alone around
+    all photos included, holds no persons: there each photo is taken for one of its own."""
+    photos: dict[str, list[str]] = {}
+    several = len({name.rpartition("/")[0] for name in names}) > 1
+    for name in names:
+        photos.setdefault((name.rpartition("/")[0] if several else "") or name, []).append(name)
+    return list(photos.values())
+
+
+def choose_photos(names: list[str], per_person: int, seed: int) -> list[str]:
+    """The names in the order in which photos are taken, at most per_person (0: all) of each person. It depends on the
+    set of names and the seed alone.
+
+    First come two of each person: where folders are persons they are enough, and faces stay many-sided. Then one more
+    of each in every round: where folders are classes or ranges of numbers, as many come from each."""
+    rng = random.Random(seed)
+    people = [theirs[:per_person or None] for theirs in by_person(sorted(set(names)))]
+    first = [name for theirs in people for name in theirs[:2]]
+    rng.shuffle(first)
+    later = sorted((turn, rng.random(), name) for theirs in people if len(theirs) > 2
+                   for turn, name in enumerate(rng.sample(theirs[2:], len(theirs) - 2)))
+    return first + [name for _, _, name in later]
+
+
+def choose_held_out(names: list[str], limit: int) -> list[str]:
+    """Those of the names, in their order, that are held out of training: what --limit leaves over, at least a fifth, at
+    most 1,000.
+
+    Where enough persons have few photos, these are all the photos of such persons: the judge compares with strangers.
+    Else, as where folders are classes, they are the same share of each folder."""
+    wanted = min(HELD_OUT_FACES, max(len(names) // 5, len(names) - limit))
+    people = by_person(names[::-1])  # the first ones are trained on
+    small = sorted((theirs for theirs in people if 10 * len(theirs) <= wanted), key=len)
+    held_out: set[str] = set()
+    if sum(map(len, small)) >= wanted:
+        for theirs in small:
+            held_out.update(theirs if len(held_out) < wanted else [])
+    else:
+        late = sorted((turn / len(theirs), name) for theirs in people for turn, name in enumerate(theirs))
+        held_out.update(name for _, name in late[:wanted])
+    return [name for name in names if name in held_out]
+
+
+def crop_box(width: float, height: float, crop: float) -> Box:
+    """The largest square in the central `crop` share of width and height, as (left, top, right, bottom) pixels."""
+    side = crop * min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as RGB: 16-bit scaled to 8, transparency laid on white, the rest converted."""
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16-bit greys to white
+        grey = np.asarray(image).astype(np.int64)
+        return Image.fromarray(np.clip((grey + 128) // 257, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("holds floating-point numbers of unknown range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_photo(data: bytes, enough: float = MAX_PIXELS) -> tuple[Image.Image, float]:
+    """Decode a photo, upright as its EXIF says and in RGB. Where `enough` pixels of width and height will do, a JPEG
+    decoder shrinks larger photos for free.
+
+    Returns (image, how many of the photo's pixels one of its own stands for). ValueError says in one line why not."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=readable_here()[0])
+        full = max(image.size)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"has too many pixels ({image.width}×{image.height})")
+        image.draft(None, (math.ceil(enough), math.ceil(enough)))  # never larger than it is
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image), full / max(image.size)
+    except UnidentifiedImageError:  # Pillow's message holds an address in memory
+        raise ValueError("is not an image of a kind that is read here") from None
+    except Exception as error:  # Pillow's decoders raise every kind of error on hostile files
+        raise ValueError(one_line(error)) from None
+
+
+def face_detector():
+    """This thread's own detector of faces, as it is not safe to share: the frontal-face cascade in OpenCV's wheel
+    (Viola and Jones 2001; Lienhart, Kuranov and Pisarevsky 2003). UserError without OpenCV 4."""
+    if not hasattr(THREAD, "detector"):
+        with OPENCV:
+            try:
+                import cv2.data
+                THREAD.detector = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+            except (ImportError, AttributeError):  # OpenCV 5 has no cascades
+                raise UserError('finding faces needs OpenCV 4: pip install "opencv-python-headless<5"') from None
+            cv2.setNumThreads(1)  # whoever has many photos divides them among threads
+    return THREAD.detector
+
+
+def look(grey: Image.Image, region: Box, scale: float, **how) -> list[Box]:
+    """Boxes, in pixels of a grey image, of what the detector takes for faces in a region, shrunk by `scale`."""
+    left, top, right, bottom = region
+    size = max(1, round((right - left) / scale)), max(1, round((bottom - top) / scale))
+    shrunk = grey.resize(size, Image.Resampling.BILINEAR, region, reducing_gap=2)
+    found = np.reshape(face_detector().detectMultiScale(np.asarray(shrunk), **how), (-1, 4)) * scale
+    return [(left + x, top + y, left + x + side, top + y + side) for x, y, side, _ in found.tolist()]
+
+
+def find_faces(image: Image.Image) -> list[Box]:
+    """Squares around the faces in an upright RGB image, largest first; they may lie outside it in part.
+
+    A square is 1.1 times the detector's box, which is the share of a face that the central half of an LFW photo shows.
+    First the whole is looked at from several distances, from which faces have 20 to 39 pixels: there the detector takes
+    steps of two pixels. Then each place where it saw anything is looked at closely. Faces of less than an 18th of the
+    image's longer side, or 28 pixels, are not found. UserError without OpenCV 4."""
+    face_detector()
+    from cv2 import groupRectangles
+    grey, seen = image.convert("L"), []
+    scale = max(max(grey.size) / LOOK_PIXELS, 28 / 20)
+    while min(grey.size) >= 20 * scale:
+        seen += look(grey, (0, 0, *grey.size), scale, scaleFactor=1.3, minNeighbors=0, maxSize=(39, 39))
+        scale *= 2
+    boxes = [[round(left), round(top), round(right - left), round(bottom - top)] for left, top, right, bottom in seen]
+    found: list[Box] = []
+    for left, top, side, _ in np.reshape(groupRectangles(2 * boxes, 1, 0.3)[0], (-1, 4)).tolist():
+        around = (max(0, left - side / 2), max(0, top - side / 2),
+                  min(grey.width, left + 1.5 * side), min(grey.height, top + 1.5 * side))
+        found += look(grey, around, side / 48, scaleFactor=1.15, minNeighbors=2, minSize=(33, 33), maxSize=(72, 72))
+    squares: list[Box] = []
+    for left, top, right, bottom in sorted(found, key=lambda box: box[0] - box[2]):
+        x, y, half = (left + right) / 2, (top + bottom) / 2, 1.1 * (right - left) / 2
+        if not any(box[0] < x < box[2] and box[1] < y < box[3] for box in squares):  # else it is of one of their faces
+            squares.append((x - half, y - half, x + half, y + half))
+    return squares
+
+
+def cut(image: Image.Image, square: Box, size: int, scale: float = 1) -> np.ndarray:
+    """A square of a photo, of which a pixel of the RGB image stands for `scale`, as (size, size, 3) uint8; what lies
+    outside is mirrored."""
+    left, top, right, bottom = (edge / scale for edge in square)
+    x, y = max(0, math.ceil(-left)), max(0, math.ceil(-top))
+    beyond_x, beyond_y = max(0, math.ceil(right - image.width)), max(0, math.ceil(bottom - image.height))
+    if x or y or beyond_x or beyond_y:
+        image = Image.fromarray(np.pad(np.asarray(image), ((y, beyond_y), (x, beyond_x), (0, 0)), "symmetric"))
+    box = (left + x, top + y, right + x, bottom + y)
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
+
+
+def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
+    """Decode a photo: (its faces, largest first, as (Box in the photo's pixels, (size, size, 3) uint8), why other faces
+    are not used). ValueError says in one line why the photo is not."""
+    if isinstance(crop, str):
+        image, scale = open_photo(data, 2 * LOOK_PIXELS)
+        least, squares = size, find_faces(image)
+    else:
+        image, scale = open_photo(data, 2 * size / crop)
+        least, squares = MIN_FACE_PIXELS, [crop_box(*image.size, crop)]
+    good: list[Box] = []
+    refused: list[str] = []
+    for left, top, right, bottom in squares:
+        side = right - left
+        inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0)) / side ** 2
+        if scale * side < least:
+            refused.append(f"has a face too small to use ({scale * side:.0f} pixels, not {least})")
+        elif inside < 0.8:
+            refused.append("has a face of which more than a fifth lies outside")
+        else:
+            good.append((scale * left, scale * top, scale * right, scale * bottom))
+    if not good:
+        raise ValueError(refused[0] if refused else "no face found")
+    finer = size * scale / min(right - left for left, _, right, _ in good)
+    if finer > 1 and scale > 1:  # the photo has more pixels than faces were looked for in
+        image, scale = open_photo(data, finer * min(image.size))
+    return [(square, cut(image, square, size, scale)) for square in good], refused
+
+
+def check_data_folder(data: Path) -> None:
+    """Refuse to write a dataset into a folder that holds anything but a dataset of ours."""
+    if data.exists() and not data.is_dir():
+        raise UserError(f"{data} is a file: name another folder with --data")
+    names = os.listdir(data) if data.exists() else []
+    # A manifest.json or faces.png without a batch beside it is someone else's
+    ours = OUR_DATA_FILES if any(name.endswith(".pt.gz") for name in names) else re.compile(r"\.gan-.*")
+    foreign = [name for name in names if not ours.fullmatch(name)]
+    if foreign and read_manifest(data) is None:
+        raise UserError(f"{data} holds other files ({foreign[0]}): name another folder with --data")
+
+
+def find_source(settings: PrepareSettings) -> Path:
+    """The folder or archive to read photos from; a folder with no photo but one archive stands for the archive."""
+    if settings.download:
+        try:
+            import kagglehub
+        except ImportError:
+            raise UserError("--download needs the kagglehub library: pip install kagglehub") from None
+        try:
+            source = Path(kagglehub.dataset_download("atulanandjha/lfwpeople"))
+        except Exception as error:  # the library passes on whatever its network libraries raise
+            raise UserError(f"the download of atulanandjha/lfwpeople failed: {one_line(error)}") from None
+    else:
+        source = Path(settings.dataset or "dataset/lfwpeople/lfw_funneled")
+    if not source.exists():
+        if settings.dataset:
+            raise UserError(f"{source} does not exist: give --dataset a folder of photos, a .zip, .tar or .tgz")
+        raise UserError(f"no photos at {source}: name yours with --dataset PATH, fetch some with --download, "
+                        "or draw some with --demo")
+    if source.is_dir() and not any(True for _ in walk_folder(source)):
+        archives = sorted(path for path in source.rglob("*") if path.name.lower().endswith(ARCHIVE_SUFFIXES))
+        source = archives[0] if len(archives) == 1 else source
+    return source
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[TextIO]:
+    """Keep from stderr what is written there, as libtiff has words for each photo; yields a stream that reaches it."""
+    with os.fdopen(os.dup(2), "w") as terminal, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield terminal
+        finally:
+            os.dup2(terminal.fileno(), 2)
+
+
+def draw_photos(settings: PrepareSettings) -> Iterator[Entry]:
+    """Drawn faces in the place of photos: as many as are to be trained on, and a fifth of all to hold out."""
+    def drawn(index: int) -> bytes:
+        return png_bytes(draw_face(np.random.default_rng([settings.seed, index]), settings.size))
+    for i in range((settings.limit or 2000) * 5 // 4):
+        yield Entry(f"drawn face {i}", partial(drawn, i))
+
+
+class Photos:
+    """The photos of a source, or drawn faces in their place: which may be taken, and what becomes of each.
+
+    `names` are in the order in which they are to be taken; `skipped` is name -> reason; `unread` counts the suffixes of
+    kinds that are not read here; `made` the faces that this process made. `work` is a folder for batches and for notes
+    of which are done, the same one for the same settings and files."""
+
+    def __init__(self, settings: PrepareSettings):
+        self.settings, self.terminal, self.made = settings, sys.stderr, 0
+        self.source = None if settings.demo else find_source(settings)
+        self.skipped: dict[str, str] = {}
+        self.unread: Counter[str] = Counter()
+        self.read: dict[str, Callable[[], bytes]] = {}
+        self.decoded: dict[str, tuple[list[tuple[Box, np.ndarray]], list[str]]] = {}
+        scratch, digest = Path(settings.data, ".gan-prepare"), hashlib.sha256(repr(settings).encode())
+        scratch.mkdir(parents=True, exist_ok=True)
+        found = walk_source(self.source, scratch) if self.source else draw_photos(settings)
+        entries = {entry.name: entry for entry in found}  # the last one of a name counts
+        for name, read, problem, version in entries.values():
+            digest.update(repr((name, version)).encode())
+            if problem:
+                self.skipped[name] = problem
+            elif (suffix := os.path.splitext(name)[1].lower()) in readable_here()[1]:
+                self.unread[suffix] += 1
+            else:
+                self.read[name] = read
+        good, self.found = list(self.read), len(entries)
+        self.several = len({name.rpartition("/")[0] for name in good}) > 1
+        self.names = choose_photos(good, settings.per_person, settings.seed) if self.source else good
+        self.work = scratch / digest.hexdigest()[:16]
+        for other in scratch.iterdir():
+            if other.is_dir() and other != self.work:
+                shutil.rmtree(other)
+        self.work.mkdir(exist_ok=True)
+
+    def decode(self, name: str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
+        """(Faces of a photo, why others are not used). Of a photo of a person that is one face, the largest. The first
+        good photos are remembered: they are asked for again if too few are held out to judge by."""
+        if name in self.decoded:
+            return self.decoded.pop(name)
+        try:
+            crop = self.settings.crop if self.source else 1.0
+            faces, refused = decode_faces(self.read[name](), self.settings.size, crop)
+        except Exception as error:  # each kind of archive and compression raises its own kinds of error
+            return [], [one_line(error)]
+        found = faces[:1] if self.several and "/" in name else faces, refused
+        if len(self.decoded) < LEAST_JUDGED:
+            self.decoded[name] = found
+        return found
+
+    def faces(self, names: list[str], first: int, bar: tqdm) -> Iterator[tuple]:
+        """The faces of those photos from number `first` on, as (pixels, what is told of the face, photos skipped since
+        the one before, number of the photo, number of the face in it)."""
+        skipped: dict[str, str] = {}
+        for place, (found, refused) in enumerate(map_ahead(self.decode, names[first:]), first):
+            if not found:
+                self.skipped[names[place]] = skipped[names[place]] = refused[0]
+            for number, (box, pixels) in enumerate(found):
+                told = {"photo": names[place], "box": [round(edge, 1) for edge in box]}
+                yield pixels, told | ({"not_used": refused} if refused else {}), skipped, place, number
+                skipped = {}
+            bar.update()
+
+    def write(self, kind: str, item: tuple[int, list[tuple]]) -> dict:
+        """Write a numbered lot of faces: the batch, named by its content; what is told of its faces; and a note that
+        this is done, which is returned."""
+        number, (pixels, told, skipped, places, numbers) = item[0], zip(*item[1])
+        images, buffer = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), io.BytesIO()
+        torch.save(images, buffer)
+        # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
+        packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_HUFFMAN_ONLY)
+        packed = packer.compress(buffer.getbuffer()) + packer.flush()
+        digest = hashlib.sha256(packed).hexdigest()
+        stem = f"{kind}-{number:05d}-{digest[:8]}"
+        atomic_write(self.work / f"{stem}.pt.gz", packed)
+        atomic_write(self.work / f"{stem}.json", json.dumps(told).encode())
+        if self.settings.png and kind == "faces":
+            write_pngs(Path(self.settings.png), images, number * BATCH_FILE_FACES)
+        note = {"batch": {"file": f"{stem}.pt.gz", "count": len(images), "sha256": digest},
+                "skipped": dict(pair for some in skipped for pair in some.items()), "place": places[-1],
+                "number": numbers[-1]}
+        atomic_write(self.work / f"{kind}-{number:05d}.note", json.dumps(note).encode())
+        return note
+
+    def take(self, kind: str, names: list[str], most: int) -> tuple[list[dict], list[str]]:
+        """Write the first `most` faces of those photos, or all there are, in batches, and go on from where a killed
+        process got to: (the batches' entries in the manifest, names of the photos used)."""
+        notes: list[dict] = []
+        while (path := self.work / f"{kind}-{len(notes):05d}.note").exists():
+            notes.append(json.loads(path.read_bytes()))
+            self.skipped |= notes[-1]["skipped"]
+        place, used = (notes[-1]["place"], notes[-1]["number"] + 1) if notes else (0, 0)
+        taken = sum(note["batch"]["count"] for note in notes)
+        if notes:
+            say(f"{kind}: going on after {taken:,}")
+        if taken < most:
+            with tqdm(desc=kind, unit="photo", total=min(most, len(names)), initial=place, file=self.terminal,
+                      disable=not self.terminal.isatty()) as bar:
+                faces = islice(self.faces(names, place, bar), used, used + most - taken)
+                lots = iter(lambda: list(islice(faces, BATCH_FILE_FACES)), [])
+                notes += map_ahead(partial(self.write, kind), enumerate(lots, len(notes)), ahead=1)
+        self.made += sum(note["batch"]["count"] for note in notes) - taken
+        seen = names[:notes[-1]["place"] + 1] if notes else []
+        return [note["batch"] for note in notes], [name for name in seen if name not in self.skipped]
+
+
+def unread_text(kinds: dict[str, int]) -> str:
+    """Which photos are of kinds that are not read, by suffix, and what to do; nothing if there are none."""
+    told = ", ".join(f"{kind} {count:,} ({readable_here()[1][kind]})" for kind, count in sorted(kinds.items()))
+    return f", not read {told}" if told else ""
+
+
+def write_batches(photos: Photos) -> dict:
+    """Turn photos into batches; what the manifest says of them. Where photos turn out bad, the next ones take their
+    place. The numbers of `files` add up to `photos_found`."""
+    limit = photos.settings.limit or 10**10  # which is all
+    apart = choose_held_out(photos.names, limit)
+    held_out, strangers = photos.take("held-out", apart, max(len(apart), HELD_OUT_FACES))
+    if sum(batch["count"] for batch in held_out) < LEAST_JUDGED:  # nothing could be told from so few
+        held_out, strangers, photos.made = [], [], 0
+    seen = photos.skipped.keys() | strangers
+    others = [name for name in photos.names if name not in seen]
+    batches, used = photos.take("faces", others, limit)
+    files = {"used": len(used), "held_out": len(strangers), "left_by_per_person": len(photos.read) - len(photos.names),
+             "left_by_limit": sum(name not in photos.skipped for name in others) - len(used),
+             "skipped": len(photos.skipped), "not_read": dict(photos.unread)}
+    return {"count": sum(batch["count"] for batch in batches), "source": str(photos.source or "drawn faces"),
+            "photos_found": photos.found, "files": files, "batches": batches, "held_out": held_out,
+            "skipped": [{"file": name, "reason": reason} for name, reason in sorted(photos.skipped.items())]}
+
+
+def crops_with_face(images: Tensor) -> float | None:
+    """Share of the uint8 images (N, 3, S, S) that a face fills at least half of; None where OpenCV is not there."""
+    def filled(image: np.ndarray) -> bool:
+        enlarged = Image.fromarray(image).resize((160, 160))
+        return any(right - left >= 80 for left, _, right, _ in find_faces(enlarged))
+    try:
+        return sum(map_ahead(filled, images.permute(0, 2, 3, 1).numpy())) / len(images)
+    except UserError:
+        return None
+
+
+def prepare(settings: PrepareSettings) -> dict:
+    """Turn photos into a dataset folder and return its manifest.
+
+    The folder holds faces-NNNNN-HASH.pt.gz (gzipped uint8 tensors (n, 3, size, size), n <= 200), beside each a .json
+    with the photo and Box of each face, held-out-… likewise, faces.png (the first 100 faces) and manifest.json. Batches
+    are named by content, and the manifest is written after them: whoever reads it sees the earlier dataset whole
+    or the new one whole, whenever this process is killed. The same call then goes on from the last batch."""
+    if settings.crop == "face":
+        face_detector()  # or say at once that there is none
+    data, started = Path(settings.data), time.monotonic()
+    check_data_folder(data)
+    photos = Photos(settings)
+    with quiet_libraries() as photos.terminal:
+        facts = write_batches(photos)
+    if not facts["batches"]:
+        remove_orphans(data)
+        example = "".join(f": {item['file']!a} {item['reason']}, for one" for item in facts["skipped"][:1])
+        raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders "
+                        f"and skipped {len(facts['skipped'])}{example}{unread_text(facts['files']['not_read'])}")
+    batches = [batch["file"] for batch in facts["batches"] + facts["held_out"]]
+    fresh = batches + [name.replace(".pt.gz", ".json") for name in batches]
+    for name in fresh:
+        with suppress(FileNotFoundError):  # a killed process has put it in place
+            os.replace(photos.work / name, data / name)
+    first = read_batch(data, settings.size, facts["batches"][0])[:100]
+    told = photos.source and settings.crop != "face" and len(first) >= 20  # fewer would say nothing
+    manifest = {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size,
+                "crops_with_face": crops_with_face(first[:50]) if told else None, **facts, "settings": asdict(settings)}
+    atomic_write(data / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write_grid(data / "faces.png", first)
+    remove_orphans(data)
+    for path in data.glob("*-*-*"):
+        if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
+            path.unlink()
+    seconds = time.monotonic() - started
+    say(f"made {photos.made:,} faces in {seconds:.1f} s, {photos.made / seconds:,.0f} a second")
+    return manifest
+
+
+# Palettes of the drawn faces, each a line through colour space
+SKINS = np.array([(250, 218, 196), (234, 190, 156), (200, 146, 108), (128, 86, 62)])
+HAIRS = np.array([(175, 170, 168), (44, 36, 36), (84, 54, 36), (126, 84, 50), (212, 172, 104), (160, 76, 42)])
+IRISES = np.array([(70, 44, 28), (110, 78, 42), (84, 124, 82), (86, 132, 172)])
+CLOTHS = np.array([(200, 205, 210), (120, 150, 180), (150, 175, 150), (215, 195, 165), (170, 125, 125)])
+
+
+def mixed_colour(rng: np.random.Generator, palette: np.ndarray) -> np.ndarray:
+    """A colour between two neighbours of the palette: traits that vary smoothly are learnt quickly."""
+    index, part = divmod(rng.uniform(0, len(palette) - 1), 1)
+    return palette[int(index)] * (1 - part) + palette[int(index) + 1] * part
+
+
+def draw_face(rng: np.random.Generator, size: int) -> Image.Image:
+    """Draw a size×size portrait of nobody, in head coordinates: temples at u = ±1, crown and chin at v = ∓1."""
+    skin, hair, iris, wall, shirt = (mixed_colour(rng, p) for p in (SKINS, HAIRS, IRISES, CLOTHS, CLOTHS))
+    width, jaw, nose, eye, smile = rng.uniform((0.31, 0.1, 0.13, 0.08, 0), (0.36, 0.3, 0.2, 0.12, 0.15))
+    yaw, pitch, roll, light, part, brow, gape, feminine = rng.uniform(-1, 1, 8)
+    gape, length = max(0, gape), (feminine > 0) * (0.3 + 0.3 * feminine)  # half of each is nil
+    image = Image.fromarray(np.uint8(wall + rng.uniform(-40, 40, (2, 2, 1)))).resize((3 * size, 3 * size))
+    draw = ImageDraw.Draw(image, "RGBA")  # translucent ink; 3x too large, so that shrinking smooths the edges
+    across, arch = (wave(np.linspace(-np.pi / 2, np.pi / 2, 21)) for wave in (np.sin, np.cos))
+
+    def shape(u, top, bottom, colour, alpha=1.0, line=0):
+        v = np.append(top, bottom[::-1])  # the area between two curves over u
+        u = np.append(u, u[::-1]) * (1 - jaw * np.clip(v, 0, 1) ** 2)  # faces narrow towards the chin
+        depth = np.maximum(0, 1 - u * u - 0.5 * v * v)  # what stands out most turns most
+        z = (u + 0.25 * yaw * depth) * width + (v + 0.1 * pitch * depth) * 0.385j
+        points = ((z * np.exp(0.1j * roll) + 0.5 + 0.49j) * 3 * size).view(float).tolist()
+        ink = (*map(int, colour), int(255 * alpha))
+        draw.line(points, ink, line, "curve") if line else draw.polygon(points, ink)
+
+    def blob(u, v, half_width, up, down, colour, point=1, lift=0.0, **style):
+        middle, bulge = v - lift * across ** 2, arch ** point  # point 1: an oval, 2: a lens; lift its corners
+        shape(u + half_width * across, middle - up * bulge, middle + down * bulge, colour, **style)
+
+    blob(-0.07 * yaw, 0.02, 1.14, 0.34, 0.3, skin * 0.88)  # its ends are the ears
+    blob(0, 0.1 + length, 0.95 + 0.6 * length, 0.9 + 1.6 * length, 0.9 + 1.6 * length, hair * 0.75)
+    blob(0, 1.72, 2.2, 0.6, 0.6, shirt)
+    blob(0, 1.0, 0.62, 0.35, 0.35, skin * 0.78)
+    blob(0, 0, 1, 1, 1, skin)
+    shape(across, 0.4 - 0.4 * across ** 4, arch, hair, alpha=max(0, -0.8 - 1.7 * feminine))  # the beard
+    for s in (-0.42, 0.42):
+        blob(1.3 * s, 0.3, 0.2, 0.13, 0.13, skin * (1, 0.7, 0.68), alpha=0.2)  # the cheek
+        blob(s, -0.07, 0.21, eye, 0.08, (245, 243, 240), 2)
+        blob(s, -0.08, 0.1, 0.085, 0.085, iris)
+        blob(s, -0.08, 0.05, 0.043, 0.043, iris * 0.2)
+        blob(s, -0.07, 0.23, eye + 0.05, -eye, skin * 0.8, 2)
+        blob(s, -0.07, 0.22, eye + 0.02, 0.01 - eye, hair * 0.4, 2, alpha=0.7 + 0.3 * feminine)  # lashes
+        blob(s, -0.3 + 0.04 * brow, 0.25, 0.07 - 0.02 * feminine, -0.01, hair * 0.8, 2, -0.04)
+    blob(-0.08 * np.sign(light), 0.06, 0.06, 0.2, 0.2, skin * 0.85, alpha=0.4 * abs(light))  # the nose
+    blob(0, 0.28, nose, 0.1, 0.07, skin * 0.8, 2)
+    blob(0, 0.22, nose * 0.7, 0.1, 0.1, skin * 1.05)
+    lip = skin * (0.92, 0.61 - 0.07 * feminine, 0.63 - 0.05 * feminine)
+    blob(0, 0.56, 0.38, 0.06, 0.1 + 0.14 * gape, lip, 2, smile)
+    blob(0, 0.56, 0.33, 0.0, 0.03 + 0.15 * gape, lip * 0.5, 2, smile)
+    blob(0, 0.56, 0.3, 0.0, 0.11 * gape, (245, 243, 238), 2, smile, alpha=min(1, 3 * gape))
+    if length or rng.random() < 0.8:  # not bald
+        hairline = rng.uniform(-0.72, -0.42) + 0.2 * (across - 0.4 * part) ** 2 + 0.45 * across ** 10
+        shape(1.06 * across, -rng.uniform(1.08, 1.2) * arch, np.maximum(hairline, 0.15 - arch), hair)
+        blob(0.4 * light, -0.88, 0.45, 0.1, 0.0, hair * 1.3, 2, -0.12, alpha=0.3)
+    if rng.random() < 0.2:  # glasses
+        for s in (-0.42, 0.42):
+            blob(s, -0.05, 0.3, 0.22, 0.22, shirt * 0.3, line=max(1, size // 25))
+        blob(0, -0.08, 0.14, 0.08, -0.03, shirt * 0.3)
+    x = np.linspace(-1, 1, size)
+    glow = 1.05 - 0.13 * (x * x + x[:, None] ** 2) + 0.2 * light * x
+    return Image.fromarray((np.asarray(image.reduce(3)) * glow[..., None]).clip(0, 255).astype(np.uint8))
+
+
+# ================================================================================================
+# Generating: PNG files and films from a trained run
+# ================================================================================================
+
+MAX_FILM_FACES = 32  # that one film passes through
+
 
 def film(vectors: Tensor, frames: int = 24, loop: bool = False) -> Tensor:
     """Latent vectors on the way through `vectors` (N, 128), so many a leg, the last one at its end: (M, 128).
@@ -2692,11 +2610,6 @@ def webp_bytes(frames: list[Image.Image], milliseconds: int = 60) -> bytes:
     frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, quality=85,
                    method=2)
     return buffer.getvalue()
-
-
-def pictures(images: Tensor) -> list[Image.Image]:
-    """uint8 images (N, 3, S, S) as Pillow's."""
-    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).contiguous().numpy()]
 
 
 def generate(settings: GenerateSettings) -> int:
@@ -2885,7 +2798,7 @@ def fits(generator: nn.Module, target: Tensor, weights: Tensor, most: int = 12) 
 
 
 # ================================================================================================
-# Giving away: the network in one file, as a page that needs no server or as ONNX; what a person named
+# Giving away: the network in one file, as a page that needs no server or as ONNX
 # ================================================================================================
 
 def folded_layers(generator: Generator) -> list[dict]:
@@ -3554,8 +3467,86 @@ def serve(settings: EvalSettings) -> int:
 
 
 # ================================================================================================
-# Command line: one function a command
+# Command line: the other settings, one function a command
 # ================================================================================================
+
+FEW_FACES = 500  # with fewer, a generator learns them by heart
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """Settings of `prepare`."""
+    dataset: str | None = setting(None, "photos: a folder, .zip, .tar or .tgz (default "
+                                  "dataset/lfwpeople/lfw_funneled)", metavar="PATH")
+    demo: bool = setting(False, "draw faces instead of reading photos: nothing to download, nobody's photo")
+    download: bool = setting(False, "fetch the Kaggle dataset atulanandjha/lfwpeople (needs: pip install kagglehub)")
+    data: str = setting("data", "folder to write the dataset to", metavar="DIR")
+    size: int = setting(80, "side of a face in pixels", one_of(*image_sizes()), "PIXELS")
+    crop: str | float = setting(0.5, "'face' (every face that is found; needs OpenCV) or the central share of width "
+                                "and height to keep, 1 for all", between(0.05, 1, float, ("face",)), "SHARE|face")
+    per_person: int = setting(0, "photos of one folder (one person) at most, 0 for two of each and, while --limit is "
+                              "not reached, more", between(0, 10**6), "N")
+    limit: int = setting(2000, "faces to train on at most, 0 for all", between(0, 10**7), "N")
+    seed: int = setting(0, "seed of the order of faces", between(0, 2**31 - 1), "N")
+    png: str | None = setting(None, "also write the training faces as PNG files here, for other tools", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of what works with a trained run."""
+    run: str | None = setting(None, "run folder (default: the newest in runs/)", metavar="DIR")
+    checkpoint: str | None = setting(None, "best, last, an epoch number or a file (default: best, else last)",
+                                     metavar="WHICH")
+
+
+@dataclass(frozen=True)
+class GenerateSettings(RunSettings):
+    """Settings of `generate`."""
+    count: int = setting(100, "faces to draw", between(1, 10**6), "N")
+    out: str | None = setting(None, "folder for the PNG files (default RUN/generated)", metavar="DIR")
+    seed: int = setting(0, "seed of the latent vectors", between(0, 2**31 - 1), "N")
+    min_abs: float = setting(0.0, "keep each number of z at least this far from 0", between(0.0, 3.0, float), "A")
+    interpolate: bool = setting(False, f"also write a film (.webp) through the first {MAX_FILM_FACES} faces")
+    device: str = setting("auto", *DEVICES)
+
+
+@dataclass(frozen=True)
+class InvertSettings(RunSettings):
+    """Settings of `invert`."""
+    photo: str = setting("", "a photo with a face", metavar="PHOTO", positional=True)
+    out: str = setting("face.png", "file to write: the face as .png, or its latent vector as .json", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class ExportSettings(RunSettings):
+    """Settings of `export`."""
+    file: str = setting("", "file to write: .html, a page that makes faces without a server, or .onnx, for other "
+                        "programs (needs: pip install onnx)", metavar="FILE", positional=True)
+
+
+@dataclass(frozen=True)
+class EvalSettings(RunSettings):
+    """Settings of `eval`."""
+    host: str = setting("127.0.0.1", "address to listen on", metavar="HOST")
+    port: int = setting(8666, "port, 0 for any free one", between(0, 65535), "PORT")
+
+
+@dataclass(frozen=True)
+class JudgeSettings(RunSettings):
+    """Settings of `judge`."""
+    checkpoint: str | None = setting(None, "all, best, last, an epoch number or a file (default: best, else last)",
+                                     metavar="WHICH")
+    data: str | None = setting(None, "dataset to judge by (default: the run's)", metavar="DIR")
+    seed: int = setting(1, "seed of the latent vectors", between(0, 2**31 - 1), "N")
+    device: str = setting("auto", *DEVICES)
+    json: bool = setting(False, "print JSON")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Settings of `demo`."""
+    port: int = setting(8666, "port of the page, 0 for any free one", between(0, 65535), "PORT")
+
 
 FATES = {"used": "used", "held_out": "held out", "left_by_per_person": "left by --per-person",
          "left_by_limit": "left by --limit", "skipped": "skipped"}  # of photos, in the manifest and in words
@@ -3582,6 +3573,32 @@ def command_prepare(settings: PrepareSettings) -> int:
     if manifest["count"] < FEW_FACES:
         say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES} the generator learns them by "
             "heart")
+    return 0
+
+
+def judge(settings: JudgeSettings) -> int:
+    """Judge checkpoints of a run and print a line each. Returns the exit code."""
+    run, device = find_run(settings.run), pick_device(settings.device)
+    if settings.checkpoint == "all":
+        paths = [*kept_checkpoints(run).values(), run / "best.pt", run / "last.pt"]
+        paths = [path for path in paths if path.exists()]
+    else:
+        paths = [find_checkpoint(run, settings.checkpoint)]
+    jury, lines = None, []
+    for path in paths:
+        generator, facts = load_generator(path, device)
+        if jury is None:
+            data = Path(settings.data or facts["data"])
+            jury = Judge(load_faces(data)[0], load_faces(data, "held_out")[0], device)
+            if not settings.json:
+                say(f"{jury.count} drawn faces against as many of {data} that were held out")
+                say(f"{'checkpoint':14s}{'epoch':>7s}" + "".join(f"{name:>13s}" for name in SCORES))
+        scores = jury.score(draw(generator, draw_latents(jury.count, settings.seed)))
+        lines.append({"checkpoint": str(path), "epoch": facts["epoch"], **scores})
+        if not settings.json:
+            say(f"{path.stem:14s}{facts['epoch']:7d}" + "".join(f"{scores[name]:13.3f}" for name in SCORES))
+    if settings.json:
+        say(json.dumps(lines, indent=1))
     return 0
 
 
