@@ -9,7 +9,8 @@
     python gan.py train                       DCGAN, WGAN or WGAN-GP (--model); the same command goes on
     python gan.py eval                        http://localhost:8666 makes faces with 128 sliders
 
-The file is laid out in the order in which a face travels through it; each room uses only those above it:
+First the GAN itself, whole: a reader who stops after Training has seen all of it. Then what serves it, a room for each;
+each room uses only those above it:
 
     Settings: what `train` can be told, each setting declared once; config.json and the checkpoints hold them
     Networks: DCGAN's shapes (arXiv 1511.06434); the device, the precision and the seeds at the end
@@ -27,8 +28,8 @@ The file is laid out in the order in which a face travels through it; each room 
     Server: a pure function from request to response, and HTTP around it
     Command line: the other settings, one function a command
 
-Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 17 to 40 s on two CPU cores (AMD EPYC with bf16, torch
-2.13); faces are recognisable after 5 epochs. The README has the pictures.
+Measured: an epoch of WGAN-GP on 2,000 real faces (80×80) takes 17 s on two cores of an AMD EPYC (bf16) and 44 s on two
+of an Intel Xeon (float32); faces are recognisable after 5 epochs. The README has the pictures.
 """
 from __future__ import annotations
 
@@ -62,19 +63,20 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
-from http.client import HTTPException, HTTPMessage, parse_headers
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
-from itertools import accumulate, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from socketserver import StreamRequestHandler, ThreadingTCPServer
-from typing import Any, NamedTuple, TextIO, TypeVar
+from socketserver import TCPServer
+from typing import Any, BinaryIO, NamedTuple, SupportsFloat, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import features as pillow_features
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.optim.swa_utils import update_bn
@@ -117,7 +119,7 @@ def random_stream(purpose: str, seed: int, device: torch.device | str = "cpu") -
 # ================================================================================================
 
 def image_sizes() -> list[int]:
-    """Sizes that the networks can draw: a base of 4 to 7 times a power of two, from 32 to 256 pixels."""
+    """Sizes that the networks can have: a base of 4 to 7 times a power of two, from 32 to 256 pixels."""
     sizes = {base * 2 ** doublings for base in range(4, 8) for doublings in range(7)}
     return sorted(size for size in sizes if 32 <= size <= 256)
 
@@ -178,9 +180,6 @@ class TrainSettings:
     precision: str = setting("auto", "of the forward and backward passes: fp32, bf16 or auto (bf16 where the processor "
                              "has it)", one_of("auto", "fp32", "bf16"), "NAME")
     seed: int = setting(0, "seed of weights, order and latent vectors", between(0, 2**31 - 1), "N", fixed=True)
-    data_memory: float | None = setting(None, "what the faces may take of a process's memory; more of them are read "
-                                        "anew each epoch (default: half of what is free)", between(0, 10**6, float),
-                                        "GIB")
     checkpoint: str | None = setting(None, "go on from this one (epoch number or file), not from the last",
                                      metavar="WHICH")
     sample_every: int | None = setting(None, "epochs between sample grids (default: 1 at first, then 2 % apart)",
@@ -197,60 +196,8 @@ class TrainSettings:
 # Networks: DCGAN's shapes (arXiv 1511.06434); the device, the precision and the seeds at the end
 # ================================================================================================
 
-Network = TypeVar("Network", bound=nn.Module)
 LATENT_SIZE = 128  # numbers in a latent vector z
-
-
-@contextmanager
-def with_other_ranks() -> Iterator[None]:
-    """What needs all ranks. UserError where another one has ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = re.sub(r"\[\S+\] |\. This is.*", "", one_line(error))  # without places in the source
-        raise UserError("this process ends because another one of the run did, which says why, or torchrun does: "
-                        f"{reason}") from None
-
-
-class Sum(torch.autograd.Function):
-    """The sum of a tensor over all ranks, the same bits in each; so is its gradient."""
-
-    @staticmethod
-    def forward(context, x: Tensor) -> Tensor:
-        total = x.clone()
-        with with_other_ranks():
-            dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(context, gradient: Tensor) -> Tensor:
-        return Sum.apply(gradient)
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation (arXiv 1502.03167), (N, C, H, W) -> same, over the minibatch of all ranks: that of each alone
-    would make other networks of other numbers of ranks. As nn.SyncBatchNorm, which is for CUDA alone."""
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    momentum: float
-
-    def forward(self, x: Tensor) -> Tensor:
-        alone = self.momentum is None  # update_bn: all ranks see the same
-        if alone or not (self.training and dist.is_available() and dist.is_initialized()):
-            return super().forward(x)
-        variance, mean = torch.var_mean(at_least_float32(x), (0, 2, 3), correction=0)
-        values = torch.full_like(mean, x.numel() / x.shape[1])  # of a channel
-        sums = Sum.apply(torch.stack([values, values * mean, values * (variance + mean.square())]))
-        values, mean = sums[0], sums[1] / sums[0]
-        variance = sums[2] / values - mean.square()
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * values / (values - 1), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Generator(nn.Module):
@@ -263,10 +210,10 @@ class Generator(nn.Module):
         base, channels = stage_channels(size, width)
         layers = [nn.ConvTranspose2d(LATENT_SIZE, channels[0], base, bias=False),  # (N, 512, 5, 5)
                   Bias(channels[0], base, base),  # or z = 0 would be the same everywhere: no face, and few near it
-                  BatchNorm(channels[0]), nn.ReLU(inplace=True)]
+                  nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
         for before, after in pairwise(channels):  # (N, 256, 10, 10), (N, 128, 20, 20), … (N, 32, 80, 80)
             layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
-                       *([Blur(after)] if after <= width else []), BatchNorm(after), nn.ReLU(inplace=True)]
+                       *([Blur(after)] if after <= width else []), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         layers += [nn.Conv2d(channels[-1], 3, 3, padding=1, bias=False), nn.Tanh()]  # (N, 3, 80, 80)
         self.layers = nn.Sequential(*layers)
 
@@ -277,7 +224,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Faces (N, 3, size, size) in [-1, 1] -> scores (N,): logits or a critic's values, never squashed here."""
 
-    def __init__(self, size: int = 80, width: int = 64, norm: Callable[[int], nn.Module] = BatchNorm):
+    def __init__(self, size: int = 80, width: int = 64, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
         super().__init__()
         base, channels = stage_channels(size, width)
         channels = channels[::-1]
@@ -287,38 +234,18 @@ class Discriminator(nn.Module):
                        nn.Conv2d(before, after, 4, stride=2, padding=1, bias=False),
                        *([norm(after)] if after > width else []), nn.LeakyReLU(0.2)]
         layers += [Score(channels[-1], 1, base, bias=False)]  # (N, 1, 1, 1)
-        self.louder, self.layers = Louder(), nn.Sequential(*layers)
+        self.detail, self.layers = DetailBoost(), nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(self.louder(x)).flatten()
+        return self.layers(self.detail(x)).flatten()
 
-    def input_gradient(self, x: Tensor) -> Tensor:
-        """The gradient of each face's score with respect to that face made louder, (N, 3, size, size); not with
-        BatchNorm.
 
-        It is written as an ordinary forward expression, from the last layer to the first, so that a loss made of it
-        needs no second derivative from autograd: an update takes a tenth less time and can be captured or compiled."""
-        x = self.louder(x)
-        steps: list[Callable[[Tensor], Tensor]] = []  # from the gradient by a layer's output to the one by its input
-        for layer in self.layers:
-            if isinstance(layer, InstanceNorm):
-                normal, factor = layer.normalise(x)
-                x = layer.scale_and_shift(normal)
-                steps.append(partial(layer.input_gradient, normal=normal, factor=factor))
-                continue
-            x = layer(x)
-            if isinstance(layer, nn.Conv2d):
-                steps.append(partial(F.conv_transpose2d, weight=layer.weight, stride=layer.stride,
-                                     padding=layer.padding))  # type: ignore[arg-type]  # may be "same", not here
-            elif isinstance(layer, Blur):
-                steps.append(layer)  # symmetric, it is its own transpose
-            else:  # LeakyReLU; torch.where takes twenty times as long
-                steps.append(partial(torch.ops.aten.leaky_relu_backward, self=x, negative_slope=layer.negative_slope,
-                                     self_is_result=True))
-        gradient = torch.ones_like(x)
-        for step in reversed(steps):
-            gradient = step(gradient)
-        return gradient
+def stage_channels(size: int, width: int) -> tuple[int, list[int]]:
+    """(base, channels at each side from the smallest to the full one): 80, 64 -> (5, [512, 256, 128, 64, 32])."""
+    base, doublings = size, 0
+    while base > 7:
+        base, doublings = base // 2, doublings + 1
+    return base, [min(8 * width, width * 2 ** stage // 2) for stage in reversed(range(doublings + 1))]
 
 
 class Bias(nn.Module):
@@ -339,11 +266,42 @@ class Blur(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        row = torch.tensor([1.0, 2, 1]) / 4
-        self.register_buffer("kernel", row.outer(row).repeat(channels, 1, 1, 1), persistent=False)
+        self.register_buffer("kernel", binomial_kernel(1, 2, 1).repeat(channels, 1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.kernel, padding=1, groups=x.shape[1])
+
+
+class DetailBoost(nn.Module):
+    """Faces (N, 3, S, S) -> same with their fine detail raised, x + gain · (3 x - 2 a - b): a is x blurred, b is a
+    blurred at twice the spacing. Gain 0 is x; gain 1 doubles a - b and quadruples x - a.
+
+    Networks learn last what has little amplitude (arXiv 2111.02447): the finest octave has a twentieth of the coarse
+    ones'. To bound a critic's slope in boosted faces is to choose another norm (arXiv 1806.06621)."""
+    kernel: Tensor
+    gain: Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kernel", binomial_kernel(1, 4, 6, 4, 1), persistent=False)
+        self.register_buffer("gain", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = low_pass(x, self.kernel)
+        return x + self.gain * (3 * x - 2 * a - low_pass(a, self.kernel, spacing=2))
+
+
+def binomial_kernel(*taps: int) -> Tensor:
+    """A row of taps as a filter in two dimensions with sum 1, (1, 1, taps, taps)."""
+    row = torch.tensor(taps, dtype=torch.get_default_dtype()) / sum(taps)
+    return row.outer(row)[None, None]
+
+
+def low_pass(x: Tensor, kernel: Tensor, spacing: int = 1) -> Tensor:
+    """Each channel of images (N, C, H, W) through a kernel (1, 1, K, K), mirrored at the edges."""
+    edge = kernel.shape[-1] // 2 * spacing
+    padded = F.pad(x, (edge,) * 4, mode="reflect")
+    return F.conv2d(padded, kernel.expand(x.shape[1], -1, -1, -1), dilation=spacing, groups=x.shape[1])
 
 
 class Score(nn.Conv2d):
@@ -354,40 +312,24 @@ class Score(nn.Conv2d):
             return super().forward(at_least_float32(x))
 
 
-class Louder(nn.Module):
-    """Faces (N, 3, S, S) -> same with their fine detail raised, x + boost · (3 x - 2 a - b): a is x blurred, b is a
-    blurred at twice the spacing. Boost 0 is x; boost 1 doubles a - b and quadruples x - a.
-
-    Networks learn last what has little amplitude (arXiv 2111.02447): the finest octave has a twentieth of the coarse
-    ones'. To bound a critic's slope in louder faces is to choose another norm (arXiv 1806.06621)."""
-    kernel: Tensor
-    boost: Tensor
-
-    def __init__(self):
-        super().__init__()
-        row = torch.tensor([1.0, 4, 6, 4, 1]) / 16
-        self.register_buffer("kernel", row.outer(row).repeat(3, 1, 1, 1), persistent=False)
-        self.register_buffer("boost", torch.zeros(()), persistent=False)
-
-    def blurred(self, x: Tensor, spacing: int) -> Tensor:
-        edged = F.pad(x, (2 * spacing,) * 4, mode="reflect")
-        return F.conv2d(edged, self.kernel, dilation=spacing, groups=3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.blurred(x, 1)
-        return x + self.boost * (3 * x - 2 * a - self.blurred(a, 2))
+def at_least_float32(x: Tensor) -> Tensor:
+    """The same numbers with the precision that losses need; in bf16 they would have three digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class InstanceNorm(nn.Module):
     """Instance normalisation with learned scale and shift, (N, C, H, W) -> same (arXiv 1607.08022).
 
-    Written out, because the penalty needs its parts, and in sums: torch's mean and variance of channels-last memory
+    Written out, because input_gradient needs its parts, and in sums: torch's mean and variance of channels-last memory
     and their derivatives take several times as long."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale_and_shift(self.normalise(x)[0])
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x with mean 0 and variance 1 in each image and channel, the factor (N, C, 1, 1) that this took)."""
@@ -399,21 +341,10 @@ class InstanceNorm(nn.Module):
         weight, bias = (parameter[:, None, None].to(normal.dtype) for parameter in (self.weight, self.bias))
         return torch.addcmul(bias, normal, weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale_and_shift(self.normalise(x)[0])
-
     def input_gradient(self, gradient: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
         """The gradient with respect to x, from the one with respect to the output and what normalise(x) returned."""
         gradient = gradient * self.weight[:, None, None].to(gradient.dtype)
         return factor * (gradient - spatial_mean(gradient) - normal * spatial_mean(gradient * normal))
-
-
-def stage_channels(size: int, width: int) -> tuple[int, list[int]]:
-    """(base, channels at each side from the smallest to the full one): 80, 64 -> (5, [512, 256, 128, 64, 32])."""
-    base, doublings = size, 0
-    while base > 7:
-        base, doublings = base // 2, doublings + 1
-    return base, [min(8 * width, width * 2 ** stage // 2) for stage in reversed(range(doublings + 1))]
 
 
 def spatial_mean(x: Tensor) -> Tensor:
@@ -421,9 +352,28 @@ def spatial_mean(x: Tensor) -> Tensor:
     return (x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])).to(x.dtype)
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """The same numbers with the precision that losses need; in bf16 they would have three digits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def seeded(seed: int, make: type[Network], *arguments) -> Network:
+    """A network with torch's default weights, drawn on the CPU from the seed alone, so the same for every device.
+
+    DCGAN's N(0, 0.02) would give a critic with InstanceNorm gradients of norm 10 and more at first: Adam remembers them
+    for a thousand updates, in which it hardly moves."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_stream(make.__name__, seed).initial_seed())
+        return make(*arguments)
+
+
+def sample_latents(count: int, seed: int, min_abs: float = 0.0) -> Tensor:
+    """Latent vectors (count, 128), standard normal; with min_abs, given that no number is nearer to 0 than that.
+
+    Vectors with many numbers near 0 give pale faces: in training a vector's length is near sqrt(128)."""
+    rng = torch.Generator().manual_seed(seed)
+    if min_abs == 0:
+        return torch.randn(count, LATENT_SIZE, generator=rng)
+    tail = (1 - math.erf(min_abs / math.sqrt(2))) / 2  # probability beyond min_abs on one side
+    uniform = torch.rand(count, LATENT_SIZE, generator=rng, dtype=torch.float64)
+    size = -torch.special.ndtri((uniform * tail).clamp_min(1e-300))
+    sign = torch.randint(0, 2, (count, LATENT_SIZE), generator=rng) * 2 - 1
+    return size.float().clamp_min(min_abs) * sign
 
 
 def pick_device(name: str) -> torch.device:
@@ -458,44 +408,15 @@ def channels_last(network: Network, device: torch.device) -> Network:
     return nn.utils.convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
 
 
-def seeded(seed: int, make: type[Network], *arguments) -> Network:
-    """A network with torch's default weights, drawn on the CPU from the seed alone, so the same for every device.
-
-    DCGAN's N(0, 0.02) would give a critic with InstanceNorm gradients of norm 10 and more at first: Adam remembers them
-    for a thousand updates, in which it hardly moves."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_stream(make.__name__, seed).initial_seed())
-        return make(*arguments)
-
-
-def draw_latents(count: int, seed: int, min_abs: float = 0.0) -> Tensor:
-    """Latent vectors (count, 128), standard normal; with min_abs, given that no number is nearer to 0 than that.
-
-    Vectors with many numbers near 0 draw pale faces: in training a vector's length is near sqrt(128)."""
-    random = torch.Generator().manual_seed(seed)
-    if min_abs == 0:
-        return torch.randn(count, LATENT_SIZE, generator=random)
-    tail = (1 - math.erf(min_abs / math.sqrt(2))) / 2  # probability beyond min_abs on one side
-    uniform = torch.rand(count, LATENT_SIZE, generator=random, dtype=torch.float64)
-    size = -torch.special.ndtri((uniform * tail).clamp_min(1e-300))
-    sign = torch.randint(0, 2, (count, LATENT_SIZE), generator=random) * 2 - 1
-    return size.float().clamp_min(min_abs) * sign
-
-
 # ================================================================================================
 # Objectives: one class per GAN; nothing else in this file asks which GAN it is
 # ================================================================================================
-
-def on_gpu(network: nn.Module) -> bool:
-    """Whether its optimizer must be able to run within a CUDA graph."""
-    return next(network.parameters()).is_cuda
-
 
 class Objective(ABC):
     """What one GAN asks of training: losses and accuracies from the discriminator's scores (N,), an optimizer, a
     constraint, and when its discriminator is behind."""
     learning_rate: float  # the default
-    norm: Callable[[int], nn.Module] = BatchNorm  # of the discriminator
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d  # of the discriminator
     enough = 0.9  # the accuracy below which the discriminator is behind
     afterwards = 0  # discriminator updates after each of the generator's, whatever the accuracy
 
@@ -520,7 +441,7 @@ class Objective(ABC):
         """The discriminator's and the generator's, scalars in [0, 1]."""
 
     def adam(self, network: nn.Module, betas: tuple[float, float]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(network.parameters(), self.learning_rate, betas, fused=True, capturable=on_gpu(network))
+        return torch.optim.Adam(network.parameters(), self.learning_rate, betas, fused=True)
 
     def penalty(self, discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
         """What a discriminator update adds to its loss; faces (N, 3, S, S), mix (N,) uniform in [0, 1]: nothing."""
@@ -529,8 +450,8 @@ class Objective(ABC):
     def constrain(self, discriminator: nn.Module) -> None:
         """What is done to the weights after a discriminator update. Here nothing."""
 
-    def boost(self, images_seen: int) -> float:
-        """How much louder the discriminator gets fine detail, from 0 to 1 (see Louder): not at all."""
+    def detail_gain(self, images_seen: int) -> float:
+        """How much the discriminator's sight of fine detail is raised, from 0 to 1 (see DetailBoost): not at all."""
         return 0.0
 
 
@@ -559,7 +480,7 @@ class WGAN(Objective):
     afterwards = 1  # a critic cannot be too good: what it teaches gets better (tests/RESULTS.md)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.RMSprop(network.parameters(), self.learning_rate, capturable=on_gpu(network))
+        return torch.optim.RMSprop(network.parameters(), self.learning_rate)
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         return fake.mean() - real.mean()  # minus the estimate of the Wasserstein distance
@@ -588,7 +509,7 @@ class WGANGP(WGAN):
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return self.adam(network, betas=(0.0, 0.999))
 
-    def boost(self, images_seen: int) -> float:
+    def detail_gain(self, images_seen: int) -> float:
         """From 0 at 10,000 images to 1 at 40,000, and down to 0.3 at 100,000: from the first on, coarse shapes would
         come later; for ever, they would vary less and be learnt by heart (tests/RESULTS.md)."""
         return float(np.interp(images_seen, (10_000, 40_000, 100_000), (0, 1, 0.3)))
@@ -596,11 +517,41 @@ class WGANGP(WGAN):
     def penalty(self, discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
         """10 · mean over samples of (‖gradient‖ - 1)² at real·mix + fake·(1 - mix); the Euclidean norm is taken
         over all inputs of a sample."""
-        gradient = discriminator.input_gradient(torch.lerp(fake, real, mix[:, None, None, None]))
+        mixed = discriminator.detail(torch.lerp(fake, real, mix[:, None, None, None]))
+        gradient = input_gradient(discriminator.layers, mixed)
         return 10 * (at_least_float32(gradient).flatten(1).norm(dim=1) - 1).square().mean()
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"DCGAN": DCGAN, "WGAN": WGAN, "WGAN-GP": WGANGP}
+
+
+def input_gradient(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """The gradient of each sample's score with respect to that sample, x's shape; without BatchNorm it is what
+
+        torch.autograd.grad(layers(x).sum(), x, create_graph=True)
+
+    gives for an x that requires a gradient. Written as an ordinary forward expression, from the last layer to the
+    first, a loss made of it needs no second derivative from autograd: an update takes a tenth less time in bf16."""
+    steps: list[Callable[[Tensor], Tensor]] = []  # from the gradient by a layer's output to the one by its input
+    for layer in layers:
+        if isinstance(layer, InstanceNorm):
+            normal, factor = layer.normalise(x)
+            x = layer.scale_and_shift(normal)
+            steps.append(partial(layer.input_gradient, normal=normal, factor=factor))
+            continue
+        x = layer(x)
+        if isinstance(layer, nn.Conv2d):
+            steps.append(partial(F.conv_transpose2d, weight=layer.weight, stride=layer.stride,
+                                 padding=layer.padding))  # type: ignore[arg-type]  # may be "same", not here
+        elif isinstance(layer, Blur):
+            steps.append(layer)  # symmetric, it is its own transpose
+        else:  # LeakyReLU; torch.where takes twenty times as long
+            steps.append(partial(torch.ops.aten.leaky_relu_backward, self=x, negative_slope=layer.negative_slope,
+                                 self_is_result=True))
+    gradient = torch.ones_like(x)
+    for step in reversed(steps):
+        gradient = step(gradient)
+    return gradient
 
 
 # ================================================================================================
@@ -627,18 +578,19 @@ class Balance:
         """Whether the discriminator trains next whatever the accuracies are (a run of its updates lasts)."""
         return self.discriminator_left > 0
 
-    def choose(self, discriminator_accuracy: float, generator_accuracy: float) -> str:
-        """The network to train on this minibatch, from the accuracies in [0, 1] measured on it."""
+    def choose(self, discriminator_accuracy: SupportsFloat, generator_accuracy: SupportsFloat) -> str:
+        """The network to train on this minibatch, from the accuracies in [0, 1] measured on it. Scalar tensors will do:
+        they are read, which may take a wait for a GPU, only where the decision needs them."""
         if self.discriminator_left > 0:
             self.discriminator_left -= 1
             return "discriminator"
         if self.rule == "accuracy":
-            if discriminator_accuracy < self.enough:
+            if float(discriminator_accuracy) < self.enough:
                 return "discriminator"
             self.discriminator_left = self.afterwards
         elif isinstance(self.rule, int):
             self.discriminator_left = self.rule
-        elif generator_accuracy / 2 >= discriminator_accuracy:
+        elif float(generator_accuracy) / 2 >= float(discriminator_accuracy):
             self.discriminator_left = self.RUN_LENGTH - 1
             return "discriminator"
         return "generator"
@@ -665,181 +617,97 @@ class Progress:
     averaged_at: int = 0  # images_seen when the averaged generator was last updated
     seconds: float = 0.0  # spent in the unfinished epoch
 
-
-def on_cpu(value):
-    """A copy on the CPU of all tensors in nested dictionaries and lists."""
-    if isinstance(value, dict):
-        return {key: on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [on_cpu(item) for item in value]
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-
-@torch.no_grad()
-def move_average(average: nn.Module, network: nn.Module, half_lives: float) -> None:
-    """Let an average of a network's weights and BatchNorm statistics forget for so many half-lives."""
-    weight = 1 - 0.5 ** half_lives
-    for mean, value in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
-        mean.lerp_(value, weight) if mean.is_floating_point() else mean.copy_(value)  # BatchNorm's counter
+    def count(self, faces: int, turn: str) -> None:
+        """Add a minibatch of so many faces that trained one network."""
+        self.minibatch += 1
+        self.images_seen += faces
+        if turn == "discriminator":
+            self.discriminator_updates += 1
+        else:
+            self.generator_updates += 1
 
 
-class Pair:
+class Trainer:
     """Generator and discriminator, the averaged generator, the optimizers, the balance between them and the random
-    numbers of a run: all that training changes.
-
-    A minibatch is made of steps without arguments: measure, then update one network; or both in one, while a run of
-    discriminator updates lasts. They read and write the same memory each time, so that a GPU can be handed each as one
-    recorded graph: launching their hundreds of small kernels takes longer than the kernels."""
-    fake: Tensor  # what `measure` leaves for `update`
-    losses: dict[str, Tensor]
+    numbers of a run: all that training changes."""
 
     def __init__(self, settings: TrainSettings, size: int, device: torch.device, ranks: Ranks | None = None):
-        self.ranks = ranks or Ranks()
+        self.ranks, self.device, self.progress = ranks or Ranks(), device, Progress()
         self.objective = OBJECTIVES[settings.model](settings)
         self.balance = Balance(settings.balance, self.objective.enough, self.objective.afterwards)
         self.generator = channels_last(seeded(settings.seed, Generator, size, settings.width), device)
         self.discriminator = channels_last(
             seeded(settings.seed, Discriminator, size, settings.width, self.objective.norm), device)
         self.averaged = copy.deepcopy(self.generator)
-        self.optimizers = {"generator": self.objective.optimizer(self.generator),
-                           "discriminator": self.objective.optimizer(self.discriminator)}
-        self.random = random_stream("latent vectors", settings.seed, device)
-        self.statistics_z = draw_latents(STATISTICS_FACES, settings.seed + 2).to(device)
-        self.device = device
-        self.progress = Progress()
-        self.rows: list[Tensor] = []  # COLUMNS of each minibatch of the unfinished epoch
+        self.networks = {"generator": self.generator, "discriminator": self.discriminator, "averaged": self.averaged}
+        self.optimizers = {turn: self.objective.optimizer(network) for turn, network in self.networks.items()
+                           if turn != "averaged"}
+        self.rng = random_stream("latent vectors", settings.seed, device)
+        self.statistics_z = sample_latents(STATISTICS_FACES, settings.seed + 2).to(device)
         self.precision = pick_precision(settings.precision, device)
         self.autocast = autocast(device, self.precision)
-        self.real = torch.empty(0, device=device)  # this rank's part of a minibatch; with it come z, mix and row
-        self.steps = self.plain_steps(keep_graph=False)
-        # Updates before a GPU records them: libraries choose their kernels and optimizers make their state.
-        self.warm_up = {"discriminator": 3, "generator": 3} if device.type == "cuda" and self.ranks.count == 1 else {}
+        self.rows: list[Tensor] = []  # COLUMNS of each minibatch of the unfinished epoch
 
-    def networks(self) -> dict[str, nn.Module]:
-        return {"generator": self.generator, "discriminator": self.discriminator, "averaged": self.averaged}
-
-    def train_on(self, real: Tensor) -> Tensor:
-        """Measure both accuracies on a minibatch of faces, of which (N, 3, S, S) are this rank's, N the same each time,
-        and train the network whose turn it is. Returns its row of COLUMNS, on the device: the host waits for it only to
-        choose."""
-        if self.real.shape != real.shape:
-            self.make_room(real)
-        self.real.copy_(real)
-        self.all_z.normal_(generator=self.random)
-        self.discriminator.louder.boost.fill_(self.objective.boost(self.progress.images_seen))
-        if self.balance.decided:
-            turn, step = self.balance.choose(0, 0), "run"
-        else:
-            self.steps["measure"]()
-            turn = step = self.balance.choose(*self.row[:2].tolist())
-            self.ranks.agree()
-        if turn == "discriminator":
-            self.all_mix.uniform_(generator=self.random)
-        self.steps[step]()
-        self.count(len(self.all_z), turn)
-        if self.warm_up:
-            self.warm_up[turn] -= 1
-            if max(self.warm_up.values()) <= 0:
-                self.record_steps(record_cuda_graphs)
-        self.rows.append(self.row.clone())
-        return self.rows[-1]
-
-    def make_room(self, real: Tensor) -> None:
-        """Lay out what every minibatch of this shape is read into. Each rank draws the random numbers of all, so that
-        any number of ranks goes on in the same way."""
-        faces = torch.tensor(float(len(real)), device=self.device)
-        self.ranks.add_up(faces)
-        self.share, part = len(real) / faces.item(), self.ranks.part(int(faces))
-        self.real, self.row = torch.empty_like(real), real.new_empty(len(COLUMNS))
-        self.all_z, self.all_mix = real.new_empty(int(faces), LATENT_SIZE), real.new_empty(int(faces))
-        self.z, self.mix = self.all_z[part], self.all_mix[part]
-
-    def plain_steps(self, keep_graph: bool) -> dict[str, Callable[[], None]]:
-        """The steps by name, in an order in which they can be recorded: with keep_graph, both updates can follow one
-        measurement, the generator's first, because the discriminator's changes weights that the generator's needs."""
-        return {"measure": self.measure, "generator": partial(self.update, "generator", keep_graph),
-                "discriminator": partial(self.update, "discriminator"), "run": self.run_of_discriminator}
-
-    def record_steps(self, record: Callable[[dict], dict]) -> None:
-        """Replace the steps by what `record` makes of them; where it cannot, say so and go on without."""
-        self.warm_up = {}
-        try:
-            self.steps = record(self.plain_steps(keep_graph=True))
-        except RuntimeError as error:
-            say(f"CUDA graphs do not work here ({one_line(error)}): training goes on without, more slowly")
-
-    def measure(self, generator_may_train: bool = True) -> None:
-        """Both networks' forward passes: faces, accuracies and losses, these as the rank's share of those of all."""
+    def train_minibatch(self, real: Tensor) -> None:
+        """Train the network whose turn it is on faces (N, 3, S, S) in [-1, 1], this rank's part of a minibatch."""
+        objective, faces = self.objective, self.ranks.batch_size or len(real)
+        # All ranks draw the random numbers of all, so that any number of them goes on with a run in the same way.
+        z = torch.randn(faces, LATENT_SIZE, generator=self.rng, device=self.device)[self.ranks.part]
+        # Fine detail is learnt last; for a while the discriminator is shown more of it.
+        self.discriminator.detail.gain.fill_(objective.detail_gain(self.progress.images_seen))
         with self.autocast():
-            with torch.set_grad_enabled(generator_may_train):
-                self.fake = self.generator(self.z)
-            real, fake = self.discriminator(self.real.to(self.fake.dtype)), self.discriminator(self.fake)
-        self.losses = {"discriminator": self.share * self.objective.discriminator_loss(real, fake),
-                       "generator": self.share * self.objective.generator_loss(fake)}
-        with torch.no_grad():
-            accuracies = [self.share * accuracy for accuracy in self.objective.accuracies(real, fake)]
-            torch.stack([*accuracies, *self.losses.values()], out=self.row[:4])
-            self.ranks.add_up(self.row[:4])
-
-    def update(self, turn: str, keep_graph: bool = False) -> None:
-        """One optimizer step of one network, down the gradient of its weights alone: backward(inputs=...) follows the
-        graph to those and computes no other's."""
-        loss, penalty = self.losses[turn], self.row.new_full((), math.nan)
+            # One forward pass measures and trains; where it is the discriminator's turn anyway, G needs no graph.
+            with torch.set_grad_enabled(not self.balance.decided):
+                fake = self.generator(z)
+            real = real.to(fake.dtype)
+            scores = self.discriminator(real), self.discriminator(fake)
+        losses = objective.discriminator_loss(*scores), objective.generator_loss(scores[1])
+        row = F.pad(torch.stack([*objective.accuracies(*scores), *losses]).detach(), (0, 2), value=math.nan)
+        self.ranks.average(row[:4])
+        # The one that is behind trains on this minibatch: only to decide this does the host wait for the device.
+        turn = self.balance.choose(*row[:2])
+        loss = losses[turn == "generator"]
         if turn == "discriminator":
-            with self.autocast():
-                penalty = self.share * self.objective.penalty(
-                    self.discriminator, self.real.to(self.fake.dtype), self.fake.detach(), self.mix.to(self.fake.dtype))
-            loss = loss + penalty
-        weights = list(self.networks()[turn].parameters())
-        self.optimizers[turn].zero_grad()
-        loss.backward(inputs=weights, retain_graph=keep_graph)
-        self.row[4].copy_(penalty.detach())
-        self.ranks.add_up(self.row[4], *(weight.grad for weight in weights if weight.grad is not None))
-        self.optimizers[turn].step()
+            mix = torch.rand(faces, generator=self.rng, device=self.device)[self.ranks.part].to(fake.dtype)
+            with self.autocast():  # WGAN-GP's: a critic's slope between real and generated faces shall be 1
+                penalty = objective.penalty(self.discriminator, real, fake.detach(), mix)
+            loss, row[4] = loss + penalty, penalty.detach()
+        self.step(turn, loss, row)
+        self.progress.count(faces, turn)
+        # Faces of averaged weights are better than those of any one moment (arXiv 1710.10196): these are what is kept.
+        if turn == "generator":
+            self.move_average()
+        self.rows.append(row)
+
+    def step(self, turn: str, loss: Tensor, row: Tensor) -> None:
+        """One optimizer step of one network, down the gradient of its weights alone: no other's is computed."""
+        weights, optimizer = list(self.networks[turn].parameters()), self.optimizers[turn]
+        optimizer.zero_grad()
+        loss.backward(inputs=weights)
+        row[5] = turn == "discriminator"
+        self.ranks.average(row[4:5], *(weight.grad for weight in weights if weight.grad is not None))
+        optimizer.step()
         if turn == "discriminator":
             self.objective.constrain(self.discriminator)
-        self.row[5].fill_(turn == "discriminator")
-        if not keep_graph:
-            del self.fake, self.losses  # and with them the activations
 
-    def run_of_discriminator(self) -> None:
-        """A minibatch of a run of discriminator updates: the generator needs no graph."""
-        self.measure(generator_may_train=False)
-        self.update("discriminator")
-
-    def count(self, images: int, turn: str) -> None:
-        """Advance the counters and, after a generator update, the averaged generator (as arXiv 1710.10196 does)."""
+    @torch.no_grad()
+    def move_average(self) -> None:
+        """Let the average of the generator's weights and BatchNorm statistics forget as much as is due since it last
+        did: it has a half-life."""
         progress = self.progress
-        progress.minibatch += 1
-        progress.images_seen += images
-        if turn == "discriminator":
-            progress.discriminator_updates += 1
-            return
-        progress.generator_updates += 1
-        half_life = AVERAGE_HALF_LIFE * progress.images_seen
-        move_average(self.averaged, self.generator, (progress.images_seen - progress.averaged_at) / half_life)
+        half_lives = (progress.images_seen - progress.averaged_at) / (AVERAGE_HALF_LIFE * progress.images_seen)
         progress.averaged_at = progress.images_seen
-
-    def not_finite(self) -> str:
-        """What of the networks and of this epoch's losses is not a finite number; empty where all is well."""
-        epoch = self.progress.epoch + 1
-        for name, network in self.networks().items():
-            finite = torch.stack([weight.isfinite().all() for weight in network.parameters()])
-            if not finite.all():  # one wait for a GPU, not forty
-                return f"the weights of the {name} are not finite in epoch {epoch}"
-        bad = ~torch.stack(self.rows)[:, 2:4].isfinite()
-        if bad.any():
-            minibatch, column = bad.nonzero()[0].tolist()
-            owner = COLUMNS[2 + column].removesuffix("_loss")
-            return f"the loss of the {owner} is not finite since epoch {epoch}, minibatch {minibatch + 1}"
-        return ""
+        values = zip(self.averaged.state_dict().values(), self.generator.state_dict().values(), strict=True)
+        for mean, value in values:  # the one that is no float is BatchNorm's counter
+            mean.lerp_(value, 1 - 0.5 ** half_lives) if mean.is_floating_point() else mean.copy_(value)
 
     def finish_epoch(self) -> dict:
-        """Begin the next epoch. Returns what the log says of this one: means over its minibatches. Only `seconds`
-        depends on the clock.
+        """Begin the next epoch. Returns what the log says of this one: means over its minibatches, of which `seconds`
+        alone depends on the clock. NotFinite where a number is not.
 
         The averaged generator gets the BatchNorm statistics of its own activations: the mean of those that past weights
         had is not theirs, and costs fine detail (arXiv 1803.05407)."""
+        self.check_finite()
         with self.autocast():
             update_bn(self.statistics_z.split(50), self.averaged)
         means = dict(zip(COLUMNS, torch.stack(self.rows).double().nanmean(0).tolist()))
@@ -851,25 +719,30 @@ class Pair:
                 **{name: None if math.isnan(mean) else round(mean, 6) for name, mean in means.items()},
                 "seconds": round(seconds, 2)}
 
+    def check_finite(self) -> None:
+        """NotFinite says which network's weights or losses of this epoch are not finite numbers."""
+        epoch = self.progress.epoch + 1
+        for name, network in self.networks.items():
+            finite = torch.stack([weight.isfinite().all() for weight in network.parameters()])
+            if not finite.all():  # one wait for a GPU, not forty
+                raise NotFinite(f"the weights of the {name} are not finite in epoch {epoch}")
+        bad = ~torch.stack(self.rows)[:, 2:4].isfinite()
+        if bad.any():
+            minibatch, column = bad.nonzero()[0].tolist()
+            owner = COLUMNS[2 + column].removesuffix("_loss")
+            raise NotFinite(f"the loss of the {owner} is not finite since epoch {epoch}, minibatch {minibatch + 1}")
+
     def state(self) -> dict:
         """A copy on the CPU of all that must be saved to go on exactly, in plain types and tensors."""
         return on_cpu({
-            "networks": {name: network.state_dict() for name, network in self.networks().items()},
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "random": self.random.get_state(), "device": self.device.type, "progress": asdict(self.progress),
+            "random": self.rng.get_state(), "device": self.device.type, "progress": asdict(self.progress),
             "stats": self.rows, "discriminator_left": self.balance.discriminator_left})
-
-    def share_state(self) -> None:
-        """Give all ranks the state of the first."""
-        if self.ranks.count > 1:
-            box = [{"settings": {"balance": self.balance.rule}, **self.state()}]
-            with with_other_ranks():
-                dist.broadcast_object_list(box)
-            self.load_state(box[0])
 
     def load_state(self, state: dict) -> None:
         """Take over a checkpoint: what `state` returned, on this or another kind of device, and the run's settings."""
-        for name, network in self.networks().items():
+        for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         for turn, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]  # ours: some of their flags belong to the device
@@ -879,23 +752,36 @@ class Pair:
         if state["settings"]["balance"] == self.balance.rule:
             self.balance.discriminator_left = state["discriminator_left"]
         if state["device"] == self.device.type:
-            self.random.set_state(state["random"])
+            self.rng.set_state(state["random"])
         else:  # the generators of devices differ: go on with new numbers, the same at each such change
-            self.random.manual_seed(self.random.initial_seed() + self.progress.images_seen)
+            self.rng.manual_seed(self.rng.initial_seed() + self.progress.images_seen)
 
 
-def minibatches(pair: Pair, faces: TrainingFaces, epochs: int) -> Iterator[bool]:
-    """Train to so many epochs or until asked to stop; after each minibatch, whether it was the last of its epoch, which
-    is then to be finished."""
-    progress = pair.progress
+def training_loop(trainer: Trainer, faces: TrainingFaces, epochs: int) -> Iterator[dict | None]:
+    """Train to so many epochs, or until a rank is asked to stop. After each minibatch whoever runs the loop may save:
+    it yields an epoch's line of the log at its end, else None."""
+    progress = trainer.progress
     while progress.epoch < epochs:
         started = time.monotonic() - progress.seconds
-        for real in faces.epoch(progress.epoch, progress.minibatch):
-            pair.train_on(real)  # measures both networks and trains the one that is behind
+        for real in faces.epoch(progress.epoch, progress.minibatch):  # from where the run was stopped
+            trainer.train_minibatch(real)
             progress.seconds = time.monotonic() - started
-            yield progress.minibatch == faces.minibatches
-            if pair.ranks.stop:
+            yield trainer.finish_epoch() if progress.minibatch == faces.minibatches else None
+            if trainer.ranks.stop():
                 return
+
+
+def on_cpu(value):
+    """A copy on the CPU of all tensors in nested dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(item) for item in value]
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+class NotFinite(UserError):
+    """A number of a network or a loss is infinite or none at all."""
 
 
 class StopRequest:
@@ -917,74 +803,64 @@ class StopRequest:
 
 
 class Ranks:
-    """The processes that train one run, each on a device of its own and on a part of every minibatch. What they add up
-    is the same in each to the last bit, and so is all that they decide from it. The first alone reads and writes the
-    run's files. A single process, which is the rule, is the first of one."""
+    """The processes that torchrun started to train one run, each on a device and on a part of every minibatch of its
+    own; the first alone reads and writes the run's files. A single process, which is the rule, is the first of one."""
+    batch_size: int | None = None  # of the minibatch of all ranks, once it is divided
+    part, share = slice(None), 1.0  # of it that are this rank's
 
     def __init__(self, number: int = 0, count: int = 1):
-        self.number, self.count = number, count
-        self.request, self.agreed, self.asked = StopRequest(), False, torch.zeros(1)
+        self.number, self.count, self.request, self.asked = number, count, StopRequest(), torch.zeros(1)
 
-    @classmethod
-    @contextmanager
-    def joined(cls, device: torch.device) -> Iterator[Ranks]:
-        """Those that torchrun started, as its environment says. UserError where they cannot work together."""
-        number, count, place = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        if count < 2:
-            yield cls()
-            return
-        if device.type == "cuda" and place < torch.cuda.device_count():
-            torch.cuda.set_device(place)
-        elif device.type != "cpu":
-            raise UserError(f"no {device.type} device for process {place + 1} of this machine: lower --nproc_per_node, "
-                            "or say --device cpu")
+    def divide(self, size: int) -> None:
+        """Give each rank its part of minibatches of so many faces. UserError where these are too few."""
+        if size < self.count:
+            raise UserError(f"{size} faces in a minibatch are too few for {self.count} processes: raise --batch-size")
+        start, end = size * self.number // self.count, size * (self.number + 1) // self.count
+        self.batch_size, self.part, self.share = size, slice(start, end), (end - start) / size
+
+    def average(self, *tensors: Tensor) -> None:
+        """Replace tensors by their means over the faces of all ranks, the same bits in each, and learn whether one was
+        asked to stop. UserError where another rank has ended."""
+        if self.count > 1:
+            asked = tensors[0].new_full((1,), self.request.code is not None)
+            flat = torch.cat([*(self.share * tensor.flatten() for tensor in tensors), asked])
+            self.together(dist.all_reduce, flat)
+            *means, self.asked = flat.split([*(tensor.numel() for tensor in tensors), 1])
+            for tensor, mean in zip(tensors, means):
+                tensor.copy_(mean.view_as(tensor))
+
+    def together(self, collective: Callable, *arguments) -> None:
+        """What all ranks take part in. UserError where another one has ended."""
+        try:
+            collective(*arguments)
+        except RuntimeError as error:
+            raise UserError(f"another process of this run ended, and so does this one: {one_line(error)}") from None
+
+    def stop(self) -> bool:
+        """Whether all stop after this minibatch, because one was asked to."""
+        if self.count > 1 and self.asked:
+            self.request.code = self.request.code or 128 + signal.SIGTERM
+        return bool(self.asked) if self.count > 1 else self.request.code is not None
+
+
+def join_ranks(device: torch.device) -> Ranks:
+    """The rank of this process, as torchrun's environment tells. UserError where there is no device for it."""
+    number, count, place = (int(os.environ.get(name, default)) for name, default in
+                            (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    ranks = Ranks(number, count)
+    if count > 1 and device.type == "cuda" and place < torch.cuda.device_count():
+        torch.cuda.set_device(place)
+    elif count > 1 and device.type != "cpu":
+        raise UserError(f"no {device.type} device for process {place + 1} of this machine: lower --nproc_per_node, or "
+                        "say --device cpu")
+    if count > 1:
         # torchrun's store still has the addresses of before a restart; several machines may not count these alike.
         alone = os.environ.get("LOCAL_WORLD_SIZE") == str(count)
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
-        with with_other_ranks():
-            store = dist.PrefixStore(f"start {start}", next(rendezvous("env://"))[0])
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
-                                    world_size=count)
-        yield cls(number, count)
-        Sum.apply(torch.zeros(1, device=device))  # nobody leaves before the first one has written all
-        dist.destroy_process_group()
-
-    def part(self, size: int) -> slice:
-        """Which of the `size` faces of a minibatch are this rank's. UserError where there are too few."""
-        if size < self.count:
-            raise UserError(f"{size} faces in a minibatch are too few for {self.count} processes: raise --batch-size")
-        return slice(size * self.number // self.count, size * (self.number + 1) // self.count)
-
-    def add_up(self, *tensors: Tensor) -> None:
-        """Sum tensors over the ranks, in place, and see whether any rank was asked to stop."""
-        if self.count > 1:
-            asked = tensors[0].new_full((1,), self.request.code is not None)
-            total = Sum.apply(torch.cat([part.flatten() for part in (*tensors, asked)]))
-            *sums, self.asked = total.split([part.numel() for part in (*tensors, asked)])
-            for part, summed in zip(tensors, sums):
-                part.copy_(summed.view(part.shape))
-
-    def agree(self) -> None:
-        """Stop after this minibatch if any rank was asked to when they added up last. Waits for the device."""
-        if self.count > 1 and self.asked:
-            self.agreed, self.request.code = True, self.request.code or 128 + signal.SIGTERM
-
-    @property
-    def stop(self) -> bool:
-        """Whether all stop after this minibatch, with the exit code of the request."""
-        return self.agreed or self.count == 1 and self.request.code is not None
-
-
-def record_cuda_graphs(steps: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
-    """Record each step, without running it, as a CUDA graph and return what replays them. RuntimeError where a step or
-    the device does not allow it. They share their memory, so the first ones' results last only until the last runs."""
-    pool, replays = torch.cuda.graph_pool_handle(), {}
-    for name, step in steps.items():
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            step()
-        replays[name] = graph.replay
-    return replays
+        store = dist.PrefixStore(f"start {start}", next(rendezvous("env://"))[0])
+        ranks.together(partial(dist.init_process_group, "nccl" if device.type == "cuda" else "gloo", store=store,
+                               rank=number, world_size=count))
+    return ranks
 
 
 # ================================================================================================
@@ -995,45 +871,109 @@ BATCH_FILE_FACES = 200  # faces in one file of a dataset
 DATASET_FORMAT = 1
 
 
-def map_ahead(function: Callable, items: Iterable, threads: int = 0, ahead: int = 4) -> Iterator:
-    """Like map, on so many threads (0: one a core): Pillow, OpenCV and zlib work without holding the GIL. At most
-    `ahead` items a thread are begun before they are asked for, which bounds memory."""
-    waiting, threads = deque[Future](), threads or usable_cores()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def to_face(images: Tensor) -> Tensor:
+    """uint8 images in 0..255 -> float faces in [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
-def atomic_write(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that a kill or a power cut at any moment leaves either the old content or the new one.
+def to_image(faces: Tensor) -> Tensor:
+    """Float faces in [-1, 1] -> uint8 images on the CPU; the inverse of to_face, to the nearest value."""
+    return ((faces.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
-    Temporary file in the same folder -> flush -> fsync -> replace -> fsync of the folder. OSErrors name `path`."""
-    temporary = path.with_name(f".gan-{path.name}.{os.getpid()}.tmp")
+
+@torch.inference_mode()
+def sample_images(generator: nn.Module, z: Tensor, chunk: int = 100, precision: str = "auto") -> Tensor:
+    """Latent vectors (N, 128) -> uint8 images (N, 3, S, S) on the CPU, `chunk` at a time.
+
+    In evaluation mode, so that a face does not depend on the others made with it. bf16, where that is native, takes
+    half the time of 'fp32' and changes colours by a few of 255 steps: faces that someone keeps are made in 'fp32'."""
+    device = next(generator.parameters()).device
+    training = generator.training
+    generator.eval()
+    with autocast(device, precision)():
+        images = torch.cat([to_image(generator(part.to(device))) for part in z.split(chunk)])
+    generator.train(training)
+    return images.contiguous()
+
+
+class TrainingFaces:
+    """The faces of a dataset: the number of an epoch -> its minibatches.
+
+    `images` are all of them, uint8 (N, 3, S, S): four times less memory and traffic than float faces. `minibatches` is
+    how many an epoch has, each of `batch_size` faces, of which this rank gets its part; what does not fill one is left
+    out, in each epoch others."""
+
+    def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device, ranks: Ranks | None = None):
+        """UserError where the dataset is not whole."""
+        self.ranks, self.seed, self.device = ranks or Ranks(), seed, device
+        self.images, self.files = load_faces(data)
+        self.count, _, _, self.size = self.images.shape
+        self.batch_size = min(batch_size, self.count)
+        self.minibatches = self.count // self.batch_size
+        self.ranks.divide(self.batch_size)
+        if device.type != "cpu" and self.images.numel() < free_memory(device) / 2:
+            self.images = self.images.to(device)
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[Tensor]:
+        """This rank's part of the minibatches of an epoch from number `first` on: float faces (n, 3, S, S) in [-1, 1].
+        Their order depends on the seed and the epoch alone, so a resumed epoch goes on as it began.
+
+        Every second face of a minibatch is mirrored; which ones these are is another matter of chance each epoch. So
+        faces count twice, and are learnt by heart later (tests/RESULTS.md)."""
+        order = torch.randperm(self.count, generator=random_stream(f"order of epoch {number}", self.seed))
+        mirrored = slice((self.ranks.part.start or 0) % 2, None, 2)  # the same ones for any number of ranks
+        for chosen in order.split(self.batch_size)[first:self.minibatches]:
+            images = self.images[chosen[self.ranks.part].to(self.images.device)].to(self.device)
+            real = to_face(images).contiguous(memory_format=torch.channels_last)
+            real[mirrored] = real[mirrored].flip(3)
+            yield real
+
+
+def load_faces(data: Path, kind: str = "batches") -> tuple[Tensor, list[dict]]:
+    """Read a dataset's faces to train on, or those of kind 'held_out': (uint8 faces (N, 3, S, S), list of batches).
+    UserError names what is not whole.
+
+    Faces that would take more than half of the free memory are unpacked into a file once and mapped from there: the
+    system reads what is used, and lets go of what is not."""
+    manifest = read_manifest(data)
+    if manifest is None:
+        raise UserError(f"no dataset in {data}: make one with `gan.py prepare`, or name yours with --data")
+    if manifest.get("version") != DATASET_FORMAT:
+        raise UserError(f"{data / 'manifest.json'} is of another version of gan.py: run `gan.py prepare` again")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # Windows cannot open a folder; its journal orders the rename itself
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {one_line(error)}") from None
+        batches = manifest.get(kind, [])  # older datasets hold none out
+        shape = sum(batch["count"] for batch in batches), 3, manifest["image_size"], manifest["image_size"]
+        if kind == "batches" and not shape[0]:
+            raise ValueError("it lists no faces")
+        parts = map_ahead(partial(read_batch, data, shape[-1]), batches)
+        if math.prod(shape) < free_memory(torch.device("cpu")) / 2:
+            faces, filled = torch.empty(shape, dtype=torch.uint8), 0
+            for images in parts:
+                faces[filled:filled + len(images)] = images
+                filled += len(images)
+            return faces, batches
+        path = data / f".gan-{hashlib.sha256(json.dumps(batches).encode()).hexdigest()[:16]}.uint8"
+        if not path.exists():
+            with whole_file(path) as file:
+                for images in parts:
+                    file.write(images.numpy().data)
+        return torch.from_file(str(path), size=math.prod(shape), dtype=torch.uint8).view(shape), batches
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the dataset in {data} is damaged ({one_line(error)}): run `gan.py prepare` again") from None
 
 
-def remove_orphans(folder: Path) -> None:
-    """Remove what a killed process left half written in one of our folders (not below it: --run may be any folder)."""
-    for orphan in folder.glob(".gan-*"):
-        shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink(missing_ok=True)
+def read_batch(data: Path, size: int, batch: dict) -> Tensor:
+    """The uint8 faces (n, 3, size, size) of one file of a dataset. ValueError names it where it is not whole."""
+    path = data / batch["file"]
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    packed = path.read_bytes()
+    if hashlib.sha256(packed).hexdigest() != batch["sha256"]:
+        raise ValueError(f"{path}: its SHA-256 is not the manifest's")
+    images = torch.load(io.BytesIO(gzip.decompress(packed)), weights_only=True)
+    if images.shape != (batch["count"], 3, size, size):
+        raise ValueError(f"{path} holds faces of shape {tuple(images.shape)}")
+    return images
 
 
 def read_manifest(data: Path) -> dict | None:
@@ -1043,68 +983,6 @@ def read_manifest(data: Path) -> dict | None:
         return manifest if manifest["format"] == "gan.py faces" else None
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-class DamagedFaces(UserError):
-    """A dataset, or a file of it, that is not whole."""
-
-
-@contextmanager
-def damage_told(data: Path) -> Iterator[None]:
-    """DamagedFaces in the place of what a missing file or a wrong manifest causes."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise DamagedFaces(f"{error.filename} is missing: run `gan.py prepare` again") from None
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        problem = f"{data / 'manifest.json'} is damaged ({one_line(error)})"
-        raise DamagedFaces(f"{problem}: run `gan.py prepare` again") from None
-
-
-def list_batches(data: Path, kind: str = "batches") -> tuple[int, list[dict]]:
-    """(side of a dataset's faces, its files with faces to train on or of kind 'held_out'), as its manifest says."""
-    manifest = read_manifest(data)
-    if manifest is None:
-        raise UserError(f"no dataset in {data}: make one with `gan.py prepare`, or name yours with --data")
-    if manifest.get("version") != DATASET_FORMAT:
-        raise UserError(f"{data / 'manifest.json'} is of another version of gan.py: run `gan.py prepare` again")
-    with damage_told(data):
-        size, batches = manifest["image_size"], manifest.get(kind, [])  # older datasets hold none out
-        counts = [batch["count"] for batch in batches]
-        if any(type(number) is not int or number < 1 for number in (size, *counts)):
-            raise ValueError("sizes and counts must be whole numbers")
-        if kind == "batches" and sum(counts) != manifest["count"]:
-            raise ValueError(f"{sum(counts)} faces in the batches, {manifest['count']} in the manifest")
-    return size, batches
-
-
-def read_batch(data: Path, size: int, batch: dict) -> Tensor:
-    """The uint8 faces (n, 3, size, size) of one file of a dataset. DamagedFaces names it where it is not whole."""
-    with damage_told(data):
-        path = data / batch["file"]
-        packed = path.read_bytes()
-        if hashlib.sha256(packed).hexdigest() != batch["sha256"]:
-            raise DamagedFaces(f"{path} is damaged (its SHA-256 is not the manifest's): run `gan.py prepare` again")
-        images = torch.load(io.BytesIO(gzip.decompress(packed)), weights_only=True)
-        if images.shape != (batch["count"], 3, size, size):
-            raise ValueError(f"{path.name} holds faces of shape {tuple(images.shape)}")
-    return images
-
-
-def read_batches(data: Path, size: int, batches: list[dict]) -> Tensor:
-    """The uint8 faces (N, 3, size, size) of files of a dataset, one after the other, read on all cores."""
-    faces, start = torch.empty(sum(batch["count"] for batch in batches), 3, size, size, dtype=torch.uint8), 0
-    for images in map_ahead(partial(read_batch, data, size), batches):
-        faces[start:start + len(images)] = images
-        start += len(images)
-    return faces
-
-
-def load_faces(data: Path, kind: str = "batches") -> tuple[Tensor, list[dict]]:
-    """Read a dataset's faces to train on, or those of kind 'held_out': (uint8 faces (N, 3, S, S), list of batches).
-    UserError names the file that is not whole."""
-    size, batches = list_batches(data, kind)
-    return read_batches(data, size, batches), batches
 
 
 def free_memory(device: torch.device) -> int:
@@ -1119,107 +997,58 @@ def free_memory(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun tells
 
 
-class TrainingFaces:
-    """The faces of a dataset: the number of an epoch -> its minibatches.
-
-    `images` are the uint8 faces of each file on the device, four times less memory and traffic than float faces; None
-    where they would take more than `memory` GiB, by default half of what is free: then files are read again each epoch.
-    `minibatches` is how many an epoch has, each of `batch_size` faces, of which this process gets its `part`; what does
-    not fill one is left out, in each epoch others. `waited`: seconds that training waited for this epoch's faces."""
-    WINDOW_BYTES = 2 ** 27  # of faces that are shuffled together; two windows are in memory besides
-
-    def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device, memory: float | None = None,
-                 part: Callable[[int], slice] = slice):
-        """UserError where the dataset is not whole."""
-        self.size, self.files = list_batches(data)
-        self.data, self.seed, self.device, self.waited = data, seed, device, 0.0
-        counts = [file["count"] for file in self.files]
-        self.count = sum(counts)
-        self.batch_size = min(batch_size, self.count)
-        self.minibatches, self.part = self.count // self.batch_size, part(self.batch_size)
-        room = free_memory(device) / 2 if memory is None else memory * 2 ** 30
-        resident = self.count * 3 * self.size ** 2 <= room
-        self.images = load_faces(data)[0].to(device).split(counts) if resident else None
-
-    def read(self, files: list[int]) -> Tensor:
-        """The uint8 faces of files with these numbers, one after the other."""
-        if self.images is not None:
-            return torch.cat([self.images[file] for file in files])
-        return read_batches(self.data, self.size, [self.files[file] for file in files])
-
-    def first(self, count: int) -> Tensor:
-        """The first faces of the dataset, uint8 on the CPU."""
-        ends = accumulate(file["count"] for file in self.files[:-1])
-        return self.read([0, *(file for file, end in enumerate(ends, 1) if end < count)])[:count].cpu()
-
-    def order(self, epoch: int) -> list[tuple[list[int], Tensor]]:
-        """(numbers of its files, the order in which their faces come) of each window of an epoch. It depends on the
-        seed and the epoch alone."""
-        random, files = random_stream(f"order of epoch {epoch}", self.seed), torch.arange(len(self.files))
-        most = max(1, self.WINDOW_BYTES // (BATCH_FILE_FACES * 3 * self.size ** 2))
-        if len(files) > most:
-            files = torch.randperm(len(files), generator=random)
-        windows = [window.tolist() for window in files.split(most)]
-        counts = [sum(self.files[file]["count"] for file in window) for window in windows]
-        return [(window, torch.randperm(count, generator=random)) for window, count in zip(windows, counts)]
-
-    def stream(self, epoch: int, first: int) -> Iterator[Tensor]:
-        """The uint8 minibatches of an epoch from number `first` on. A window is read from disk while the one before is
-        used."""
-        windows, skipped = [], first * self.batch_size
-        for files, order in self.order(epoch):
-            windows += [(files, order[skipped:])] if skipped < len(order) else []
-            skipped = max(0, skipped - len(order))
-        rest = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        # A GPU that records its steps must not be used by another thread.
-        each = map if self.images is not None else partial(map_ahead, threads=1, ahead=1)
-        for images in each(lambda window: self.read(window[0])[window[1]], windows):
-            joined = torch.cat([rest.to(images.device), images])
-            del images  # makes room for the next window
-            *whole, rest = joined.tensor_split(tuple(range(self.batch_size, len(joined) + 1, self.batch_size)))
-            yield from whole
-            rest = rest.clone()
-            del joined, whole
-
-    def epoch(self, number: int, first: int = 0) -> Iterator[Tensor]:
-        """This process's part of the minibatches of an epoch from number `first` on: float faces (n, 3, S, S) in
-        [-1, 1]. A resumed epoch goes on in the order it began with.
-
-        Every second face of a minibatch is mirrored; which ones these are is another matter of chance each epoch. So
-        faces count twice, and are learnt by heart later (tests/RESULTS.md)."""
-        mirrored = slice((self.part.start or 0) % 2, None, 2)  # the same ones for any number of processes
-        started, self.waited = time.monotonic(), 0.0
-        for images in self.stream(number, first):
-            real = to_face(images[self.part].to(self.device)).contiguous(memory_format=torch.channels_last)
-            real[mirrored] = real[mirrored].flip(3)
-            self.waited += time.monotonic() - started
-            yield real
-            started = time.monotonic()
+def map_ahead(function: Callable, items: Iterable, ahead: int = 4) -> Iterator:
+    """Like map, with a thread a core: Pillow, OpenCV and zlib work without holding the GIL. At most `ahead` items a
+    thread are begun before they are asked for, which bounds memory."""
+    waiting, threads = deque[Future](), usable_cores()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def to_face(images: Tensor) -> Tensor:
-    """uint8 images in 0..255 -> float faces in [-1, 1]."""
-    return images.float() / 127.5 - 1
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, so that a kill or a power cut at any moment leaves either the old content or the new one.
+
+    Temporary file in the same folder -> flush -> fsync -> replace -> fsync of the folder. OSErrors name `path`."""
+    temporary = path.with_name(f".gan-{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # Windows cannot open a folder; its journal orders the rename itself
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {one_line(error)}") from None
+    finally:
+        temporary.unlink(missing_ok=True)  # there is one where writing failed
 
 
-def to_image(faces: Tensor) -> Tensor:
-    """Float faces in [-1, 1] -> uint8 images on the CPU; the inverse of to_face, to the nearest value."""
-    return ((faces.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+def atomic_write(path: Path, data: bytes | memoryview) -> None:
+    """Write a whole_file."""
+    with whole_file(path) as file:
+        file.write(data)
 
 
-@torch.inference_mode()
-def draw(generator: nn.Module, z: Tensor, chunk: int = 100, precision: str = "auto") -> Tensor:
-    """Latent vectors (N, 128) -> uint8 images (N, 3, S, S) on the CPU, `chunk` at a time.
+def remove_orphans(folder: Path) -> None:
+    """Remove what a killed process left half written in one of our folders (not below it: --run may be any folder)."""
+    for orphan in folder.glob(".gan-*"):
+        shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink(missing_ok=True)
 
-    In evaluation mode, so that a face does not depend on the others drawn with it. bf16, where that is native, takes
-    half the time of 'fp32' and changes colours by a few of 255 steps: faces that someone keeps are drawn in 'fp32'."""
-    device = next(generator.parameters()).device
-    training = generator.training
-    generator.eval()
-    with autocast(device, precision)():
-        images = torch.cat([to_image(generator(part.to(device))) for part in z.split(chunk)])
-    generator.train(training)
-    return images.contiguous()
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    """uint8 images (N, 3, S, S) as Pillow's."""
+    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).contiguous().numpy()]
 
 
 def grid_image(images: Tensor, columns: int = 10, gap: int = 2) -> Image.Image:
@@ -1227,9 +1056,16 @@ def grid_image(images: Tensor, columns: int = 10, gap: int = 2) -> Image.Image:
     count, _, size, _ = images.shape
     cell, rows = size + gap, math.ceil(count / columns)
     canvas = Image.new("RGB", (min(columns, count) * cell + gap, rows * cell + gap), "white")
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        canvas.paste(Image.fromarray(image), (gap + i % columns * cell, gap + i // columns * cell))
+    for i, image in enumerate(pictures(images)):
+        canvas.paste(image, (gap + i % columns * cell, gap + i // columns * cell))
     return canvas
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """An image as a PNG file, packed fast: for faces this is smaller than zlib's default strategy at level 1."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+    return buffer.getvalue()
 
 
 def write_grid(path: Path, images: Tensor) -> None:
@@ -1240,20 +1076,8 @@ def write_grid(path: Path, images: Tensor) -> None:
 def write_pngs(folder: Path, images: Tensor, first: int = 0, digits: int = 5) -> None:
     """Write uint8 images as face-00000.png and so on, counted from `first`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy(), first):
-        atomic_write(folder / f"face-{i:0{digits}d}.png", png_bytes(Image.fromarray(image)))
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """An image as a PNG file, packed fast: for faces this is smaller than zlib's default strategy at level 1."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
-    return buffer.getvalue()
-
-
-def pictures(images: Tensor) -> list[Image.Image]:
-    """uint8 images (N, 3, S, S) as Pillow's."""
-    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).contiguous().numpy()]
+    for i, image in enumerate(pictures(images), first):
+        atomic_write(folder / f"face-{i:0{digits}d}.png", png_bytes(image))
 
 
 # ================================================================================================
@@ -1265,15 +1089,9 @@ CHECKPOINT_FORMAT = 3
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
-    """Write plain types and tensors as a file for torch.load(weights_only=True), atomically.
-
-    torch's reader does not look at the checksums inside its zip format, so the SHA-256 of the whole file stands in
-    the zip's comment, where any reader of zip files passes it over."""
+    """Write plain types and tensors as a file for torch.load(weights_only=True), whole or not at all."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    buffer.seek(-2, io.SEEK_END)  # a zip ends with the length of its comment
-    buffer.write((64).to_bytes(2, "little"))
-    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
     with buffer.getbuffer() as data:  # released at once, also where writing fails: Python 3.13 complains otherwise
         atomic_write(path, data)
 
@@ -1281,16 +1099,17 @@ def write_checkpoint(path: Path, state: dict) -> None:
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint to the CPU. UserError, and nothing of it executed, where it is not whole or not ours."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from None
-    if hashlib.sha256(data[:-64]).hexdigest().encode() != data[-64:]:
-        raise UserError(f"{path} is damaged or no checkpoint of gan.py")
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as parts:  # which torch's reader does not compare with their checksums
+            if parts.testzip() or any(part.external_attr for part in parts.infolist()):  # it would pass over a "folder"
+                raise zipfile.BadZipFile
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if state["version"] == CHECKPOINT_FORMAT:
             return state
         problem = f"has format {state['version']}, this gan.py reads {CHECKPOINT_FORMAT}"
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
+    except (zipfile.BadZipFile, EOFError, zlib.error):
+        problem = "is damaged or no checkpoint of gan.py"
     except Exception as error:  # the safe loader raises several kinds of error on what it refuses
         problem = f"is no checkpoint of gan.py ({one_line(error)[:80]})"
     raise UserError(f"{path} {problem}")
@@ -1336,27 +1155,24 @@ def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
     return channels_last(generator, device).eval().requires_grad_(False), facts
 
 
-def checkpoint_to_go_on_from(run: Path, which: str | None) -> tuple[Path | None, dict]:
-    """The file that --checkpoint WHICH names and its state; None: last.pt, else the newest whole one, saying what is
-    passed over. (None, {}) in a new run."""
+def newest_checkpoint(run: Path, which: str | None) -> tuple[Path | None, dict]:
+    """The checkpoint that --checkpoint WHICH means and its state; None: the newest whole one, saying which are passed
+    over. (None, {}) in a new run."""
     if which:
         named = find_checkpoint(run, which)
         return named, read_checkpoint(named)
     last, previous = run / "last.pt", run / "previous.pt"
     paths = [path for path in [last, previous, *reversed(kept_checkpoints(run).values())] if path.exists()]
-    good: list[tuple[Path | None, dict]] = []
     for path in paths:
         try:
-            good.append((path, read_checkpoint(path)))
+            return path, read_checkpoint(path)
         except UserError as error:
             say(f"passed over: {error}")
             if path == last:
                 os.replace(last, run / "last.pt.damaged")  # the next save must not put it in the place of previous.pt
-        if good and path != previous:
-            break  # those behind are older
-    if paths and not good:
+    if paths:
         raise UserError(f"no checkpoint in {run} can be read: start anew with another --run")
-    return max(good, key=lambda pair: pair[1]["progress"]["images_seen"], default=(None, {}))
+    return None, {}
 
 
 def save_last(run: Path, state: dict) -> None:
@@ -1379,18 +1195,13 @@ def read_log(run: Path, up_to_epoch: float = math.inf) -> list[dict]:
 
 def append_log(run: Path, line: dict) -> None:
     """Add a line to log.jsonl; one that a kill cuts short is dropped and made again when the run goes on."""
-    try:
-        with open(run / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {run / 'log.jsonl'}: {one_line(error)}") from None
+    with open(run / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
-def draw_curves(run: Path, lines: list[dict]) -> None:
-    """Draw curves.png: accuracies, losses, share of discriminator updates and the judge's scores over the epochs, and
-    the last known power of drawn faces over that of real ones at 1, 2, … cycles an image."""
-    from matplotlib.figure import Figure  # draws to memory: no window, no display needed
-    judged, spectra = ([line for line in lines if name in line] for name in ("scores", "spectrum"))
+def plot_curves(run: Path, lines: list[dict]) -> None:
+    """Plot curves.png: accuracies, losses, share of discriminator updates and the judge's scores over the epochs."""
+    from matplotlib.figure import Figure  # plots to memory: no window, no display needed
     share = {"ylim": (-0.02, 1.02)}
     contents: list[tuple[str, list[str], dict[str, Any]]] = [
         ("accuracy", ["discriminator_accuracy", "generator_accuracy"], share),
@@ -1399,28 +1210,21 @@ def draw_curves(run: Path, lines: list[dict]) -> None:
         ("distance over real faces'", ["distance"], {"yscale": "log"}),
         ("share", ["precision", "recall", "coverage"], share),
         ("similarity, memory", ["ms_ssim", "ms_ssim_real", "memory"], {})]
-    count = (6 if judged else 3) + bool(spectra)
-    figure = Figure(figsize=(9, 2.8 * count), layout="constrained")
-    panels = figure.subplots(count)
     rows = [line | line.get("scores", {}) for line in lines]
-    for panel, (title, names, scale) in zip(panels, contents):
+    contents = contents[:6 if any("scores" in row for row in rows) else 3]
+    figure = Figure(figsize=(9, 2.8 * len(contents)), layout="constrained")
+    for panel, (title, names, scale) in zip(figure.subplots(len(contents)), contents):
         for name in names:
             known = [row for row in rows if row.get(name) is not None]  # an epoch or a log of before lacks some
             panel.plot([row["epoch"] for row in known], [row[name] for row in known], label=name.replace("_", " "),
                        marker="." if len(known) < 50 else "")
-        for line in judged:
-            if line["collapsed"]:
-                panel.axvline(line["epoch"], color="red", alpha=0.3)
+        for row in rows:
+            if row.get("collapsed"):
+                panel.axvline(row["epoch"], color="red", alpha=0.3)
         panel.set(ylabel=title, xlabel="epoch", xlim=(0, lines[-1]["epoch"] + 1), **scale)
-    if spectra:
-        power, epoch = spectra[-1]["spectrum"], spectra[-1]["epoch"]
-        panels[-1].axhspan(0.8, 1.25, color="green", alpha=0.15)
-        panels[-1].plot(range(1, len(power) + 1), power, marker=".", label=f"epoch {epoch}")
-        panels[-1].set(ylabel="power over real faces'", xlabel="cycles an image", yscale="log")
-    for panel in panels:
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
-    panels[0].set_title(str(run))
+    figure.suptitle(str(run))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     atomic_write(run / "curves.png", buffer.getvalue())
@@ -1443,38 +1247,23 @@ def check_resumable(settings: TrainSettings, faces: TrainingFaces, state: dict, 
 
 
 class Writer:
-    """Writes a run's files in a thread of its own, in the order of asking, so that training need not wait for a disk.
-
-    After a failure nothing more is written, so that no checkpoint stands for pictures that are not there; who asks
-    next, or the end, raises it."""
-    MOST_WAITING = 4  # then asking waits: what is to be written is in memory
+    """Writes a run's files while it trains on, one at a time: what is asked for next waits for the one before, and
+    raises what that one raised."""
 
     def __enter__(self) -> Writer:
-        self.thread = ThreadPoolExecutor(1)
-        self.waiting: deque[Future] = deque()
+        self.thread, self.under_way = ThreadPoolExecutor(1), Future[None]()
+        self.under_way.set_result(None)
         return self
 
     def ask(self, write: Callable, *arguments) -> None:
         """Have write(*arguments) called; the arguments must not change afterwards."""
-        while self.waiting and (self.waiting[0].done() or len(self.waiting) >= self.MOST_WAITING):
-            self.waiting.popleft().result()
-        before = self.waiting[-1] if self.waiting else None
-
-        def write_after() -> None:
-            if before:
-                before.result()
-            write(*arguments)
-        self.waiting.append(self.thread.submit(write_after))
-
-    def finish(self) -> None:
-        """Wait until all is written that was asked for."""
-        while self.waiting:
-            self.waiting.popleft().result()
+        self.under_way.result()
+        self.under_way = self.thread.submit(write, *arguments)
 
     def __exit__(self, kind, *_) -> None:
         self.thread.shutdown()
         if not kind:
-            self.finish()
+            self.under_way.result()
 
 
 @contextmanager
@@ -1515,29 +1304,29 @@ class Run:
 
     def __init__(self, path: Path, settings: TrainSettings, faces: TrainingFaces, writer: Writer):
         self.path, self.settings, self.faces, self.writer = path, settings, faces, writer
-        self.fixed_z = draw_latents(100, settings.seed)
+        self.fixed_z = sample_latents(100, settings.seed)
         self.log: list[dict] = []
 
-    def resume(self, pair: Pair) -> None:
+    def resume(self, trainer: Trainer) -> None:
         """Give the networks the state that --checkpoint names, else the newest, and the log its epochs; where there is
         none, begin the run with grids of real and of untrained faces. UserError where settings or faces do not fit."""
         (self.path / "samples").mkdir(exist_ok=True)
         for folder in (self.path, self.path / "samples"):
             remove_orphans(folder)
-        path, state = checkpoint_to_go_on_from(self.path, self.settings.checkpoint)
+        path, state = newest_checkpoint(self.path, self.settings.checkpoint)
         if path:
             check_resumable(self.settings, self.faces, state, self.path)
-            pair.load_state(state)
-        say(f"going on from {path}, epoch {pair.progress.epoch}" if path else f"starting a new run in {self.path}")
+            trainer.load_state(state)
+        say(f"going on from {path}, epoch {trainer.progress.epoch}" if path else f"starting a new run in {self.path}")
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                     "gan.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
         config = {"settings": asdict(self.settings), "image_size": self.faces.size, "versions": versions}
         atomic_write(self.path / "config.json", json.dumps(config, indent=1).encode())
-        self.log = read_log(self.path, pair.progress.epoch)
+        self.log = read_log(self.path, trainer.progress.epoch)
         atomic_write(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
         if not path:
-            write_grid(self.path / "samples" / "real.png", self.faces.first(100))
-            self.save_grid(pair, 0)
+            write_grid(self.path / "samples" / "real.png", self.faces.images[:100].cpu())
+            self.save_grid(trainer, 0)
 
     def is_due(self, every: int, epoch: int) -> bool:
         """Whether this epoch is one of every so many, or the last."""
@@ -1547,45 +1336,43 @@ class Run:
         """Whether the checkpoint of an epoch is kept."""
         return is_kept(epoch, self.settings.keep_every, self.CHECKPOINTS_PER_DOUBLING)
 
-    def check_finite(self, pair: Pair) -> None:
-        """Stop a run whose numbers are not finite before anything of it is saved: UserError says how to go on."""
-        if problem := pair.not_finite():
-            self.writer.finish()
-            good = [epoch for epoch in kept_checkpoints(self.path) if epoch <= pair.progress.epoch]
-            again = f"gan.py train --run {self.path}"
-            kept = (f"epoch {good[-1]}; go on from it with: {again} --checkpoint {good[-1]}" if good else
-                    f"none yet; last.pt is gone on from with: {again}")
-            raise UserError(f"{problem}: stopped, {self.path / 'last.pt'} is from before. The last good kept "
-                            f"checkpoint is {kept}")
+    def tell_way_back(self, trainer: Trainer, problem: NotFinite) -> UserError:
+        """What to say of a run that stopped because of numbers that are not finite; nothing of them is saved."""
+        good = [epoch for epoch in kept_checkpoints(self.path) if epoch <= trainer.progress.epoch]
+        again = f"gan.py train --run {self.path}"
+        kept = (f"epoch {good[-1]}; go on from it with: {again} --checkpoint {good[-1]}" if good else
+                f"none yet; last.pt is gone on from with: {again}")
+        return UserError(f"{problem}: stopped, {self.path / 'last.pt'} is from before. The last good kept checkpoint "
+                         f"is {kept}")
 
-    def record(self, pair: Pair, line: dict, best: bool) -> None:
+    def record(self, trainer: Trainer, line: dict, best: bool) -> None:
         """Write what is due after an epoch: its line of the log, grids, curves, checkpoints."""
         epoch = line["epoch"]
         self.log.append(line)
         append_log(self.path, line)
         if is_kept(epoch, self.settings.sample_every, self.GRIDS_PER_DOUBLING) or epoch >= self.settings.epochs:
-            self.save_grid(pair, epoch)
+            self.save_grid(trainer, epoch)
         if best:
-            self.save(pair, "best.pt")
+            self.save(trainer, "best.pt")
         if self.keeps_checkpoint(epoch):
-            self.save(pair, f"epoch-{epoch:05d}.pt")
+            self.save(trainer, f"epoch-{epoch:05d}.pt")
         if self.is_due(self.settings.save_every, epoch):
-            self.save(pair)
-            self.writer.ask(draw_curves, self.path, list(self.log))
+            self.save(trainer)
+            self.writer.ask(plot_curves, self.path, list(self.log))
 
-    def save_grid(self, pair: Pair, epoch: int) -> None:
-        """Draw the same 100 latent vectors as always."""
+    def save_grid(self, trainer: Trainer, epoch: int) -> None:
+        """Write the grid of the same 100 latent vectors as always."""
         path = self.path / "samples" / f"epoch-{epoch:05d}.png"
-        self.writer.ask(write_grid, path, draw(pair.averaged, self.fixed_z))
+        self.writer.ask(write_grid, path, sample_images(trainer.averaged, self.fixed_z))
 
-    def save(self, pair: Pair, name: str = "") -> None:
+    def save(self, trainer: Trainer, name: str = "") -> None:
         """Write a checkpoint: the named one, or last.pt. The middle of an epoch is as good a place to go on from as its
         end."""
-        if pair.progress.minibatch:
-            self.check_finite(pair)
+        if trainer.progress.minibatch:
+            trainer.check_finite()
         state = {"version": CHECKPOINT_FORMAT, "settings": asdict(self.settings), "image_size": self.faces.size,
                  "faces": [file["sha256"] for file in self.faces.files],
-                 "scores": self.log[-1].get("scores") if self.log else None, **pair.state()}
+                 "scores": self.log[-1].get("scores") if self.log else None, **trainer.state()}
         self.writer.ask(partial(write_checkpoint, self.path / name) if name else partial(save_last, self.path), state)
 
 
@@ -1593,7 +1380,7 @@ class Run:
 # Judge: how near generated faces are to real ones; it needs no download and nobody else's network
 # ================================================================================================
 
-JUDGED_FACES = 1000  # real and drawn ones at most; always as many of both
+JUDGED_FACES = 1000  # real and generated ones at most; always as many of both
 JUDGE_BATCH = 200  # images at a time, which bounds memory and changes no figure
 LEAST_JUDGED = 100  # fewer would say nothing
 FEATURES = 64
@@ -1605,16 +1392,16 @@ def random_filters(name: str, *shapes: tuple[int, int], device: torch.device) ->
     """The same filters for the same name, one layer a shape (count, side), for RGB images or for the layer before: mean
     0 and norm 1. They tell shapes and textures apart without training (Saxe et al., On random weights and unsupervised
     feature learning, 2011)."""
-    random, found, channels = random_stream(name, 0), [], 3
+    rng, found, channels = random_stream(name, 0), [], 3
     for count, side in shapes:
-        filters = torch.randn(count, channels, side, side, generator=random)
+        filters = torch.randn(count, channels, side, side, generator=rng)
         filters -= filters.mean((1, 2, 3), keepdim=True)
         found.append((filters / filters.flatten(1).norm(dim=1)[:, None, None, None]).to(device))
         channels = count
     return found
 
 
-class FeatureSpace:
+class ShapeFeatures:
     """Where faces are compared one by one: uint8 images (N, 3, S, S) -> features (N, 64).
 
     Three convolutions with fixed random filters, each rectified and averaged over 4×4 fields, and the image itself over
@@ -1634,13 +1421,13 @@ class FeatureSpace:
     def responses(self, images: Tensor) -> Tensor:
         """What the filters see, (N, 3776)."""
         rows = []
-        for part in images.split(JUDGE_BATCH):
-            x = to_face(part)
-            fields = [F.adaptive_avg_pool2d(x, 8)]
+        for some in images.split(JUDGE_BATCH):
+            x = to_face(some)
+            pooled = [F.adaptive_avg_pool2d(x, 8)]
             for filters in self.filters:
                 x = F.relu(F.conv2d(x, filters, None, 2, filters.shape[-1] // 2))
-                fields.append(F.adaptive_avg_pool2d(x, 4))
-            rows.append(torch.cat([field.flatten(1) for field in fields], 1))
+                pooled.append(F.adaptive_avg_pool2d(x, 4))
+            rows.append(torch.cat([part.flatten(1) for part in pooled], 1))
         return torch.cat(rows)
 
     def features(self, responses: Tensor) -> Tensor:
@@ -1650,14 +1437,7 @@ class FeatureSpace:
         return self.features(self.responses(images))
 
 
-def blurred(x: Tensor) -> Tensor:
-    """Images (N, C, H, W) through the binomial filter of five taps."""
-    row = torch.tensor([1.0, 4, 6, 4, 1], device=x.device) / 16
-    kernel = row.outer(row).expand(x.shape[1], 1, 5, 5)
-    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=x.shape[1])
-
-
-class Sight:
+class DetailFeatures:
     """Where all faces together are compared as networks that see do: uint8 images (N, 3, S, S) -> (N, 256).
 
     Each pixel's detail is divided by the strength of the detail around it (Mittal et al., No-reference image quality
@@ -1670,11 +1450,12 @@ class Sight:
     FAINT = 0.03  # of detail, 4 grey levels: the strength below which it fades
 
     def __init__(self, faces: Tensor):
+        self.kernel = binomial_kernel(1, 4, 6, 4, 1).to(faces.device)
         self.filters = random_filters("sight", (32, 5), (64, 3), (128, 3), device=faces.device)
         parts = self.responses(faces)
         scales = [part.var(0).sum().sqrt() + 1e-6 for part in parts]
-        random = random_stream("sight", 1)
-        self.mixing = torch.cat([torch.randn(part.shape[1], self.SIZE, generator=random).to(faces.device) / scale
+        rng = random_stream("sight", 1)
+        self.mixing = torch.cat([torch.randn(part.shape[1], self.SIZE, generator=rng).to(faces.device) / scale
                                  for part, scale in zip(parts, scales, strict=True)])
         self.known = self.features(parts)
 
@@ -1683,14 +1464,14 @@ class Sight:
         rows = []
         for part in images.split(20):  # what they see of more would not stay in the caches
             x = to_face(part)
-            detail = x - blurred(x)
-            strength = blurred(blurred(detail.square().mean(1, keepdim=True)))
-            y, fields = detail / (strength + self.FAINT ** 2).sqrt(), [F.adaptive_avg_pool2d(x, 8).flatten(1)]
+            detail = x - low_pass(x, self.kernel)
+            strength = low_pass(low_pass(detail.square().mean(1, keepdim=True), self.kernel), self.kernel)
+            y, pooled = detail / (strength + self.FAINT ** 2).sqrt(), [F.adaptive_avg_pool2d(x, 8).flatten(1)]
             y = y.contiguous(memory_format=torch.channels_last)
             for filters, stride in zip(self.filters, (1, 2, 2), strict=True):
                 y = F.relu_(F.conv2d(y, filters, None, stride, filters.shape[-1] // 2))
-                fields.append(F.adaptive_avg_pool2d(y, 4).flatten(1))
-            rows.append((fields[0], *fields[2:]))
+                pooled.append(F.adaptive_avg_pool2d(y, 4).flatten(1))
+            rows.append((pooled[0], *pooled[2:]))
         return [torch.cat(part) for part in zip(*rows, strict=True)]
 
     def features(self, parts: list[Tensor]) -> Tensor:
@@ -1714,25 +1495,11 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def neighbourhoods(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
     """Precision and recall (arXiv 1904.06991), and coverage (arXiv 2002.09797) of features (N, D) each."""
     radius_real, radius_fake = (torch.cdist(x, x).kthvalue(k + 1, 1).values for x in (real, fake))  # itself is nearest
-    between = torch.cdist(real, fake)
-    inside = between < radius_real[:, None]
-    found = {"precision": inside.any(0), "recall": (between < radius_fake).any(1),
-             "coverage": between.min(1).values < radius_real}
+    distances = torch.cdist(real, fake)
+    inside = distances < radius_real[:, None]
+    found = {"precision": inside.any(0), "recall": (distances < radius_fake).any(1),
+             "coverage": distances.min(1).values < radius_real}
     return {name: values.float().mean().item() for name, values in found.items()}
-
-
-def spectrum(images: Tensor) -> Tensor:
-    """Mean power of the brightness of uint8 images (N, 3, S, S) at 1, 2, … S/2 cycles an image, (S/2,)."""
-    side = images.shape[-1]
-    window = torch.hann_window(side, periodic=False, device=images.device)
-    power = torch.zeros(side, side, dtype=torch.double)
-    for part in images.split(JUDGE_BATCH):
-        x = to_face(part).mean(1)
-        x = (x - x.mean((1, 2), keepdim=True)) * window.outer(window)
-        power += torch.fft.fft2(x).abs().square().sum(0).cpu() / len(images)
-    cycles = torch.fft.fftfreq(side, 1 / side)
-    ring = torch.hypot(cycles[:, None], cycles).round().long().flatten()
-    return (ring.bincount(power.flatten()) / ring.bincount())[1:side // 2 + 1]
 
 
 def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
@@ -1743,13 +1510,13 @@ def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
     window = (window / window.sum()).expand(3, 1, 1, 11)
     weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:max(1, int(math.log2(a.shape[-1] / 11)) + 1)]
 
-    def blurred(x: Tensor) -> Tensor:
+    def windowed(x: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, window, groups=3), window.transpose(2, 3), groups=3)
     a, b, result = a.float(), b.float(), torch.ones(len(a), device=a.device)
     for level, weight in enumerate(weights):
-        mean_a, mean_b = blurred(a), blurred(b)
-        variances = blurred(a * a) + blurred(b * b) - mean_a ** 2 - mean_b ** 2
-        similar = (2 * (blurred(a * b) - mean_a * mean_b) + 58.5225) / (variances + 58.5225)  # (0.03 · 255)²
+        mean_a, mean_b = windowed(a), windowed(b)
+        variances = windowed(a * a) + windowed(b * b) - mean_a ** 2 - mean_b ** 2
+        similar = (2 * (windowed(a * b) - mean_a * mean_b) + 58.5225) / (variances + 58.5225)  # (0.03 · 255)²
         if level == len(weights) - 1:
             similar = similar * (2 * mean_a * mean_b + 6.5025) / (mean_a ** 2 + mean_b ** 2 + 6.5025)  # (0.01 · 255)²
         result = result * similar.mean((1, 2, 3)).clamp_min(0) ** (weight / sum(weights))
@@ -1765,7 +1532,7 @@ def similarity(images: Tensor) -> float:
 
 
 class Judge:
-    """Scores drawn faces against real faces of persons that no network was trained on."""
+    """Scores generated faces against real faces of persons that no network was trained on."""
 
     @torch.no_grad()
     def __init__(self, faces: Tensor, held_out: Tensor, device: torch.device):
@@ -1775,56 +1542,52 @@ class Judge:
             raise UserError(f"{len(held_out)} held-out faces are too few to judge by: at least {LEAST_JUDGED} are "
                             "needed, which prepare sets apart from 500 photos or what --limit leaves over")
         real, self.faces = held_out[:self.count].to(device), faces[:2 * JUDGED_FACES]
-        self.space = FeatureSpace(self.faces.to(device))
+        self.space = ShapeFeatures(self.faces.to(device))
         self.real, self.training = self.space(real), self.space.known
-        self.sight = Sight(self.faces[:self.count].to(device))
-        self.seen, self.power, self.similarity = self.sight(real), spectrum(real), similarity(real)
+        self.sight = DetailFeatures(self.faces[:self.count].to(device))
+        self.seen, self.similarity = self.sight(real), similarity(real)
         self.floor = frechet_distance(self.seen, self.sight.known)
         self.real_to_training = torch.cdist(self.real, self.training).min(1).values.median().item()
 
     @torch.no_grad()
     def score(self, fake: Tensor) -> dict[str, float]:
-        """SCORES of `count` uint8 drawn faces.
+        """SCORES of `count` uint8 generated faces.
 
-        distance: the Fréchet distance of what Sight makes of drawn and held-out faces, over that of training and
-        held-out ones: 1.9 is 1.9 times as far as real faces are from one another. frechet: that of FeatureSpace, 0 is
-        best. precision, recall, coverage: shares. ms_ssim: similarity of drawn faces with one another, ms_ssim_real
-        that of real ones. memory: median distance of a drawn face to its nearest training face, over that of a held-out
-        one; far below 1 means learnt by heart."""
+        distance: the Fréchet distance of generated and held-out faces in DetailFeatures, over that of training and
+        held-out ones: 1.9 is 1.9 times as far as real faces are from one another. frechet: that in ShapeFeatures, 0 is
+        best. precision, recall, coverage: shares. ms_ssim: similarity of generated faces with one another, ms_ssim_real
+        that of real ones. memory: median distance of a generated face to its nearest training face, over that of a
+        held-out one; far below 1 means learnt by heart."""
         if len(fake) != self.count:
             raise ValueError(f"{len(fake)} faces to judge, {self.count} real ones: distances depend on the number")
         fake = fake.to(self.device)
-        features = self.space(fake)
-        nearest = torch.cdist(features, self.training).min(1).values.median().item()
+        found = self.space(fake)
+        nearest = torch.cdist(found, self.training).min(1).values.median().item()
         scores = {"distance": frechet_distance(self.seen, self.sight(fake)) / self.floor,
-                  "frechet": frechet_distance(self.real, features), **neighbourhoods(self.real, features),
+                  "frechet": frechet_distance(self.real, found), **neighbourhoods(self.real, found),
                   "ms_ssim": similarity(fake), "ms_ssim_real": self.similarity,
                   "memory": nearest / self.real_to_training}
         return {name: round(value, 4) for name, value in scores.items()}
 
-    def spectrum(self, fake: Tensor) -> list[float]:
-        """The power of drawn faces over that of real ones at 1, 2, … S/2 cycles an image; 1 is best."""
-        return [round(ratio, 3) for ratio in (spectrum(fake.to(self.device)) / self.power).tolist()]
-
     @torch.no_grad()
     def most_similar(self, fake: Tensor, pairs: int = 10) -> Tensor:
-        """The drawn faces that are most alike, (3 · pairs, 3, S, S): a row of them, a row of their likes, and a row of
-        the training faces nearest to the first."""
-        features = self.space(fake.to(self.device))
-        distances = torch.cdist(features, features) + torch.eye(len(fake)) * 1e9
+        """The generated faces that are most alike, (3 · pairs, 3, S, S): a row of them, a row of their likes, and a row
+        of the training faces nearest to the first."""
+        found = self.space(fake.to(self.device))
+        distances = torch.cdist(found, found) + torch.eye(len(fake)) * 1e9
         nearest, like = distances.min(1)
         chosen = nearest.argsort()[:pairs]
-        known = torch.cdist(features[chosen], self.training).argmin(1)
+        known = torch.cdist(found[chosen], self.training).argmin(1)
         return torch.cat([fake[chosen], fake[like[chosen]], self.faces[known].cpu()])
 
 
-class Neighbourhood:
-    """The training faces of a dataset and where each lies in the judge's FeatureSpace."""
+class NearestFaces:
+    """The training faces of a dataset and where each lies in the judge's ShapeFeatures."""
 
     @torch.no_grad()
     def __init__(self, data: str):
         self.images = load_faces(Path(data))[0]
-        self.space = FeatureSpace(self.images[:500])  # enough for a space of 64 numbers, in a quarter of the time
+        self.space = ShapeFeatures(self.images[:500])  # enough for a space of 64 numbers, in a quarter of the time
         self.features, held_out = self.space(self.images), load_faces(Path(data), "held_out")[0][:200]
         self.typical = self.nearest(held_out, 1)[0].median().item() if len(held_out) else None
 
@@ -1855,7 +1618,7 @@ def collapsed(judged: list[dict], last: int = 3) -> bool:
 COLLAPSED = 3  # the exit code of --stop-on-collapse
 
 
-class Jury:
+class Monitor:
     """Judges a run while it trains: scores for its log, its best checkpoint, the alarm when faces collapse."""
 
     def __init__(self, run: Run, device: torch.device):
@@ -1863,8 +1626,8 @@ class Jury:
         self.judged = [line["scores"] for line in run.log if "scores" in line]
         try:
             held_out, _ = load_faces(Path(run.settings.data), "held_out")
-            self.judge = Judge(run.faces.first(2 * JUDGED_FACES), held_out, device)
-            self.z = draw_latents(self.judge.count, run.settings.seed + 1)
+            self.judge = Judge(run.faces.images[:2 * JUDGED_FACES].cpu(), held_out, device)
+            self.z = sample_latents(self.judge.count, run.settings.seed + 1)
         except UserError as error:
             say(f"nothing is judged: {error}")
         with suppress(UserError, KeyError, TypeError):
@@ -1883,13 +1646,13 @@ class Jury:
         to see (tests/perceptual.py)."""
         if not self.judge or not self.is_due(line["epoch"]):
             return False
-        drawn = draw(generator, self.z)
-        line["scores"], line["spectrum"] = self.judge.score(drawn), self.judge.spectrum(drawn)
+        fake = sample_images(generator, self.z)
+        line["scores"] = self.judge.score(fake)
         self.judged.append(line["scores"])
         line["collapsed"] = collapsed(self.judged)
         if line["collapsed"] and not collapsed(self.judged[:-1]):
             path = self.run.path / f"collapse-{line['epoch']:05d}.png"
-            self.run.writer.ask(write_grid, path, self.judge.most_similar(drawn))
+            self.run.writer.ask(write_grid, path, self.judge.most_similar(fake))
             scores = line["scores"]
             say(f"the faces have collapsed (epoch {line['epoch']}: coverage {scores['coverage']:.2f}, similarity "
                 f"{scores['ms_ssim']:.2f}, of real ones {scores['ms_ssim_real']:.2f}): look at {path}; "
@@ -1903,66 +1666,9 @@ def describe_epoch(line: dict, images: int, epochs: int) -> str:
     """A line for the terminal about a finished epoch of so many images: speed, time left, and how both networks do."""
     seconds = max(line["seconds"], 0.01)
     left = tqdm.format_interval((epochs - line["epoch"]) * seconds)
-    waited = f"waited {line['waited']:.1%} for faces, " if "waited" in line else ""
-    return (f"epoch {line['epoch']}/{epochs}: {images / seconds:.1f} img/s, {left} left, {waited}"
+    return (f"epoch {line['epoch']}/{epochs}: {images / seconds:.1f} img/s, {left} left, "
             f"acc D {line['discriminator_accuracy']:.2f} G {line['generator_accuracy']:.2f}, "
             f"D trained {line['discriminator_share']:.0%}")
-
-
-def follow(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
-    """What each rank but the first does: it trains, and leaves everything else to that one. Returns the exit code."""
-    with pair.ranks.request as stop:
-        pair.share_state()
-        for ended in minibatches(pair, faces, settings.epochs):
-            if ended:
-                pair.finish_epoch()
-        return stop.code or 0
-
-
-def lead(settings: TrainSettings, faces: TrainingFaces, pair: Pair) -> int:
-    """What a process alone or the first rank does: it trains, and reads, judges, writes and prints besides. Returns the
-    exit code."""
-    path = Path(settings.run or f"runs/{settings.model.lower()}")
-    with locked(path), Writer() as writer, pair.ranks.request as stop:
-        run = Run(path, settings, faces, writer)
-        run.resume(pair)
-        pair.share_state()
-        progress = pair.progress
-        if progress.epoch >= settings.epochs:
-            say(f"{run.path} has {progress.epoch} epochs already: ask for more with --epochs")
-            return 0
-        several = f"{pair.ranks.count} × " if pair.ranks.count > 1 else ""
-        say(f"{settings.model}, {faces.count:,} faces of {faces.size}×{faces.size} pixels, on {several}{pair.device} "
-            f"({torch.get_num_threads()} CPU threads, {pair.precision}), seed {settings.seed}")
-        jury = Jury(run, pair.device)
-
-        images = faces.minibatches * faces.batch_size  # an epoch
-        with tqdm(total=settings.epochs * images, initial=progress.images_seen, unit="img", smoothing=0.05,
-                  dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
-            try:
-                for ended in minibatches(pair, faces, settings.epochs):
-                    bar.update(faces.batch_size)
-                    if ended:
-                        run.check_finite(pair)  # before anything of it is saved
-                        line = pair.finish_epoch()
-                        if faces.images is None:
-                            line["waited"] = round(faces.waited / max(line["seconds"], 0.01), 4)
-                        best = jury.consider(pair.averaged, line)  # adds scores to the line, when it is time
-                        run.record(pair, line, best)
-                        say(describe_epoch(line, images, settings.epochs))
-                        if line.get("collapsed") and settings.stop_on_collapse:
-                            stop.code = COLLAPSED
-            except DamagedFaces:
-                run.save(pair)
-                raise
-        if stop.code:
-            run.save(pair)
-    if stop.code:
-        say(f"stopped in epoch {progress.epoch + 1} and saved; the same command goes on from there")
-        return stop.code
-    say(f"done: {progress.epoch} epochs in {run.path}; now `gan.py generate --run {run.path}` or "
-        f"`gan.py eval --run {run.path}`")
-    return 0
 
 
 def train(settings: TrainSettings) -> int:
@@ -1970,11 +1676,64 @@ def train(settings: TrainSettings) -> int:
     when stopped by --stop-on-collapse."""
     device = pick_device(settings.device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more of them would wait for one another
-    with Ranks.joined(device) as ranks:
-        faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device, settings.data_memory,
-                              ranks.part)
-        pair = Pair(settings, faces.size, device, ranks)
-        return follow(settings, faces, pair) if ranks.number else lead(settings, faces, pair)
+    ranks = join_ranks(device)
+    faces = TrainingFaces(Path(settings.data), settings.batch_size, settings.seed, device, ranks)
+    trainer = Trainer(settings, faces.size, device, ranks)
+    with ranks.request as stop:
+        if ranks.number:
+            share_state(trainer)
+            for _ in training_loop(trainer, faces, settings.epochs):
+                pass  # the first one judges, writes and tells
+        else:
+            train_and_record(settings, faces, trainer)
+    if ranks.count > 1:
+        ranks.average(torch.zeros(1, device=device))  # nobody leaves before the first one has written all
+        dist.destroy_process_group()
+    return stop.code or 0
+
+
+def share_state(trainer: Trainer) -> None:
+    """Give all ranks the state of the first."""
+    if trainer.ranks.count > 1:
+        box = [{"settings": {"balance": trainer.balance.rule}, **trainer.state()}]
+        trainer.ranks.together(dist.broadcast_object_list, box)
+        trainer.load_state(box[0])
+
+
+def train_and_record(settings: TrainSettings, faces: TrainingFaces, trainer: Trainer) -> None:
+    """What a process alone or the first rank does: it trains, and reads, judges, writes and tells besides."""
+    path, stop = Path(settings.run or f"runs/{settings.model.lower()}"), trainer.ranks.request
+    with locked(path), Writer() as writer:
+        run = Run(path, settings, faces, writer)
+        run.resume(trainer)
+        share_state(trainer)
+        progress = trainer.progress
+        if progress.epoch >= settings.epochs:
+            return say(f"{run.path} has {progress.epoch} epochs already: ask for more with --epochs")
+        devices = f"{trainer.ranks.count} × {trainer.device}" if trainer.ranks.count > 1 else trainer.device
+        say(f"{settings.model}, {faces.count:,} faces of {faces.size}×{faces.size} pixels, on {devices} "
+            f"({torch.get_num_threads()} CPU threads, {trainer.precision}), seed {settings.seed}")
+        monitor, images = Monitor(run, trainer.device), faces.minibatches * faces.batch_size  # in an epoch
+        with tqdm(total=settings.epochs * images, initial=progress.images_seen, unit="img", smoothing=0.05,
+                  dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+            try:
+                for line in training_loop(trainer, faces, settings.epochs):
+                    bar.update(faces.batch_size)
+                    if line:
+                        best = monitor.consider(trainer.averaged, line)  # adds scores to the line, when it is time
+                        run.record(trainer, line, best)
+                        say(describe_epoch(line, images, settings.epochs))
+                        if line.get("collapsed") and settings.stop_on_collapse:
+                            stop.code = COLLAPSED
+                if stop.code:
+                    run.save(trainer)
+            except NotFinite as problem:
+                raise run.tell_way_back(trainer, problem) from None
+    if stop.code:
+        say(f"stopped in epoch {progress.epoch + 1} and saved; the same command goes on from there")
+    else:
+        say(f"done: {progress.epoch} epochs in {run.path}; now `gan.py generate --run {run.path}` or "
+            f"`gan.py eval --run {run.path}`")
 
 
 # ================================================================================================
@@ -1984,33 +1743,271 @@ def train(settings: TrainSettings) -> int:
 MAX_FILE_BYTES = 100_000_000  # a larger "photo" is skipped: it would only serve to fill the memory
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
 MIN_FACE_PIXELS = 8  # a crop with a shorter side holds no face
+DETECTION_PIXELS = 360  # longer side of the picture in which faces are looked for first
+HELD_OUT_FACES = 1000  # at most; the judge compares with them
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # none that starts other programs
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 RAW_SUFFIXES = (".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
-HELD_OUT_FACES = 1000  # at most; the judge compares with them
-LOOK_PIXELS = 360  # longer side of the picture in which faces are looked for first
+OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.(pt\.gz|json)|\.gan-.*")
 THREAD = threading.local()  # holds the detector of each thread
 OPENCV = threading.Lock()  # it cannot be imported by two threads at once
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of an upright photo
-OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.(pt\.gz|json)|\.gan-.*")
+Member = tuple[str, int, int, Any]  # of a source: name, mode, bytes, and its Path or what opens its content
 
 
-class Entry(NamedTuple):
-    """Something named like a photo. `read()` gives its bytes, on any thread; `problem`, if any, says why it is skipped;
-    `version` is another one when the file has changed."""
-    name: str
-    read: Callable[[], bytes]
-    problem: str = ""
-    version: tuple[int, int] = (0, 0)
+def prepare(settings: PrepareSettings) -> dict:
+    """Turn photos into a dataset folder and return its manifest.
+
+    The folder holds faces-NNNNN-HASH.pt.gz (gzipped uint8 tensors (n, 3, size, size), n <= 200), beside each a .json
+    with the photo and Box of each face, held-out-… likewise, faces.png (the first 100 faces) and manifest.json. Batches
+    are named by content, and the manifest is written after them: whoever reads it sees the earlier dataset whole
+    or the new one whole, whenever this process is killed. What a killed one left is removed by the next."""
+    if settings.crop == "face":
+        face_detector()  # or say at once that there is none
+    data, started = Path(settings.data), time.monotonic()
+    check_data_folder(data)
+    remove_orphans(data)
+    scratch = data / ".gan-prepare"
+    scratch.mkdir(parents=True)
+    try:
+        facts = write_batches(Photos(settings, scratch))
+        batches = [batch["file"] for batch in facts["batches"] + facts["held_out"]]
+        fresh = batches + [name.replace(".pt.gz", ".json") for name in batches]
+        for name in fresh:
+            os.replace(scratch / name, data / name)
+    finally:
+        remove_orphans(data)
+    manifest = {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size, **facts,
+                "settings": asdict(settings)}
+    atomic_write(data / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write_grid(data / "faces.png", read_batch(data, settings.size, facts["batches"][0])[:100])
+    for path in data.glob("*-*-*"):
+        if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
+            path.unlink()
+    count, seconds = sum(batch["count"] for batch in facts["batches"] + facts["held_out"]), time.monotonic() - started
+    say(f"made {count:,} faces in {seconds:.1f} s, {count / seconds:,.0f} a second")
+    return manifest
+
+
+def check_data_folder(data: Path) -> None:
+    """Refuse to write a dataset into a folder that holds anything but a dataset of ours."""
+    if data.exists() and not data.is_dir():
+        raise UserError(f"{data} is a file: name another folder with --data")
+    names = os.listdir(data) if data.exists() else []
+    # A manifest.json or faces.png without a batch beside it is someone else's
+    ours = OUR_DATA_FILES if any(name.endswith(".pt.gz") for name in names) else re.compile(r"\.gan-.*")
+    foreign = [name for name in names if not ours.fullmatch(name)]
+    if foreign and read_manifest(data) is None:
+        raise UserError(f"{data} holds other files ({foreign[0]}): name another folder with --data")
+
+
+def write_batches(photos: Photos) -> dict:
+    """Turn photos into batches; what the manifest says of them. Where photos turn out bad, the next ones take their
+    place. The numbers of `files` add up to `photos_found`."""
+    limit = photos.settings.limit or 10**10  # which is all
+    apart = choose_held_out(photos.names, limit)
+    held_out, strangers = photos.take("held-out", apart, max(len(apart), HELD_OUT_FACES))
+    if sum(batch["count"] for batch in held_out) < LEAST_JUDGED:  # nothing could be told from so few
+        held_out, strangers = [], set()
+    seen = photos.skipped.keys() | strangers
+    others = [name for name in photos.names if name not in seen]
+    batches, used = photos.take("faces", others, limit)
+    files = {"used": len(used), "held_out": len(strangers), "left_by_per_person": len(photos.files) - len(photos.names),
+             "left_by_limit": sum(name not in photos.skipped for name in others) - len(used),
+             "skipped": len(photos.skipped), "not_read": dict(photos.unread)}
+    if not batches:
+        example = "".join(f": {name!a} {reason}, for one" for name, reason in [*photos.skipped.items()][:1])
+        raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders "
+                        f"and skipped {len(photos.skipped)}{example}{unread_text(photos.unread)}")
+    return {"count": sum(batch["count"] for batch in batches), "source": str(photos.source or "cartoon faces"),
+            "photos_found": photos.found, "files": files, "batches": batches, "held_out": held_out,
+            "skipped": [{"file": name, "reason": reason} for name, reason in sorted(photos.skipped.items())]}
+
+
+def unread_text(kinds: dict[str, int]) -> str:
+    """Which photos are of kinds that are not read, by suffix, and what to do; nothing if there are none."""
+    told = ", ".join(f"{kind} {count:,} ({readable_here()[1][kind]})" for kind, count in sorted(kinds.items()))
+    return f", not read {told}" if told else ""
+
+
+class Photos:
+    """The photos of a source, or cartoon faces in their place: which may be taken, and what becomes of each.
+
+    `names` are in the order in which they are to be taken; `skipped` is name -> reason; `unread` counts the suffixes of
+    kinds that are not read here. Batches are written to `scratch`."""
+
+    def __init__(self, settings: PrepareSettings, scratch: Path):
+        self.settings, self.scratch = settings, scratch
+        self.source = None if settings.demo else find_source(settings)
+        self.files, self.skipped = (
+            find_photos(self.source, scratch) if self.source else (cartoon_photos(settings, scratch), {}))
+        self.found = len(self.files) + len(self.skipped)
+        suffixes = {name: os.path.splitext(name)[1].lower() for name in self.files}
+        self.unread = Counter(suffix for suffix in suffixes.values() if suffix in readable_here()[1])
+        self.files = {name: file for name, file in self.files.items() if suffixes[name] not in self.unread}
+        self.several = len({name.rpartition("/")[0] for name in self.files}) > 1
+        self.names = choose_photos([*self.files], settings.per_person, settings.seed) if self.source else [*self.files]
+
+    def decode(self, name: str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
+        """(Faces of a photo, why others are not used). Of a photo of a person that is one face, the largest."""
+        try:
+            crop = self.settings.crop if self.source else 1.0
+            faces, refused = decode_faces(self.files[name].read_bytes(), self.settings.size, crop)
+        except (OSError, ValueError) as error:
+            return [], [one_line(error)]
+        return faces[:1] if self.several and "/" in name else faces, refused
+
+    def take(self, kind: str, names: list[str], most: int) -> tuple[list[dict], set[str]]:
+        """Write the first `most` faces of those photos, or all there are, in batches: (the batches' entries in the
+        manifest, names of the photos used)."""
+        used: set[str] = set()
+
+        def faces(bar: tqdm) -> Iterator[tuple[np.ndarray, dict]]:
+            for name, (found, refused) in zip(names, map_ahead(self.decode, names)):
+                if not found:
+                    self.skipped[name] = refused[0]
+                for box, pixels in found:
+                    used.add(name)
+                    told = {"photo": name, "box": [round(edge, 1) for edge in box]}
+                    yield pixels, told | ({"not_used": refused} if refused else {})
+                bar.update()
+        with tqdm(desc=kind, unit="photo", total=min(most, len(names)), disable=not sys.stderr.isatty()) as bar:
+            wanted = islice(faces(bar), most)
+            lots = iter(lambda: list(islice(wanted, BATCH_FILE_FACES)), [])
+            return list(map_ahead(partial(self.write, kind), enumerate(lots), ahead=1)), used
+
+    def write(self, kind: str, lot: tuple[int, list[tuple[np.ndarray, dict]]]) -> dict:
+        """Write a numbered lot of faces: the batch, named by its content, and what is told of them. Returns the batch's
+        entry in the manifest."""
+        number, (pixels, told) = lot[0], zip(*lot[1])
+        images, buffer = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), io.BytesIO()
+        torch.save(images, buffer)
+        # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
+        packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_HUFFMAN_ONLY)
+        packed = packer.compress(buffer.getbuffer()) + packer.flush()
+        digest = hashlib.sha256(packed).hexdigest()
+        stem = f"{kind}-{number:05d}-{digest[:8]}"
+        atomic_write(self.scratch / f"{stem}.pt.gz", packed)
+        atomic_write(self.scratch / f"{stem}.json", json.dumps(told).encode())
+        if self.settings.png and kind == "faces":
+            write_pngs(Path(self.settings.png), images, number * BATCH_FILE_FACES)
+        return {"file": f"{stem}.pt.gz", "count": len(images), "sha256": digest}
+
+
+def find_source(settings: PrepareSettings) -> Path:
+    """The folder or archive to read photos from; a folder with no photo but one archive stands for the archive."""
+    if settings.download:
+        try:
+            import kagglehub
+        except ImportError:
+            raise UserError("--download needs the kagglehub library: pip install kagglehub") from None
+        try:
+            source = Path(kagglehub.dataset_download("atulanandjha/lfwpeople"))
+        except Exception as error:  # the library passes on whatever its network libraries raise
+            raise UserError(f"the download of atulanandjha/lfwpeople failed: {one_line(error)}") from None
+    else:
+        source = Path(settings.dataset or "dataset/lfwpeople/lfw_funneled")
+    if not source.exists():
+        if settings.dataset:
+            raise UserError(f"{source} does not exist: give --dataset a folder of photos, a .zip, .tar or .tgz")
+        raise UserError(f"no photos at {source}: name yours with --dataset PATH, fetch some with --download, "
+                        "or make cartoon faces with --demo")
+    if source.is_dir() and not any(folder_members(source)):
+        archives = sorted(path for path in source.rglob("*") if path.name.lower().endswith(ARCHIVE_SUFFIXES))
+        source = archives[0] if len(archives) == 1 else source
+    return source
+
+
+def find_photos(source: Path, scratch: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """All that is named like a photo in a folder, .zip, .tar or .tgz: (name -> its file, name -> why it is skipped).
+    Photos of an archive are unpacked to `scratch`; one that breaks off is skipped itself, under its own name."""
+    files: dict[str, Path] = {}
+    skipped: dict[str, str] = {}
+    members = folder_members if source.is_dir() else zip_members if zipfile.is_zipfile(source) else tar_members
+    try:
+        for number, (path, mode, size, content) in enumerate(members(source)):
+            leads_out = ".." in path.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", path)
+            problem = ("is a link" if stat.S_ISLNK(mode) else "is not a regular file" if not stat.S_ISREG(mode)
+                       else "is empty" if size == 0
+                       else f"is larger than {MAX_FILE_BYTES // 10**6} MB" if size > MAX_FILE_BYTES
+                       else "has a path that leads out of its archive" if leads_out else "")
+            name = path.removeprefix("./")
+            files.pop(name, None), skipped.pop(name, None)  # the last one of a name counts
+            if problem:
+                skipped[name] = problem
+                continue
+            if isinstance(content, Path):
+                files[name] = content
+                continue
+            try:
+                with content() as packed:
+                    data = packed.read()
+            except Exception as error:  # as many kinds as there are of archives and compressions
+                skipped[name] = one_line(error)
+                continue
+            files[name] = scratch / f"photo-{number}"  # its own name might be none on this system
+            unpack(files[name], data)
+    except UserError:
+        raise
+    except Exception as error:
+        skipped[source.name] = f"cannot be read further: {one_line(error)}"
+    return files, skipped
+
+
+def unpack(path: Path, data: bytes) -> None:
+    """Write a photo of an archive. UserError where there is no room for it."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise UserError(f"cannot unpack photos to {path.parent}: {one_line(error)}") from None
+
+
+def folder_members(root: Path) -> Iterator[Member]:
+    """Photos of a folder and those in it, sorted; linked folders are not entered."""
+    closed: list[OSError] = []
+    for folder, subfolders, names in os.walk(root, onerror=closed.append):
+        subfolders.sort()
+        for path in (Path(folder, name) for name in sorted(names)):
+            name = path.relative_to(root).as_posix()
+            if is_photo_name(name) and not (path.name == "faces.png" and "manifest.json" in names):
+                info = path.lstat()
+                yield name, info.st_mode, info.st_size, path
+    for error in closed:  # asked again, it says the same
+        yield os.path.relpath(error.filename, root), stat.S_IFREG, 1, partial(os.scandir, error.filename)
+
+
+def zip_members(path: Path) -> Iterator[Member]:
+    """Photos of a .zip, in its order."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if is_photo_name(info.filename):
+                mode = info.external_attr >> 16
+                mode = mode if stat.S_IFMT(mode) else stat.S_IFREG
+                yield info.filename, mode, info.file_size, partial(archive.open, info)
+
+
+def tar_members(path: Path) -> Iterator[Member]:
+    """Photos of a .tar, packed or not, in its order."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if is_photo_name(member.name) and not member.isdir():
+                mode = stat.S_IFLNK if member.issym() or member.islnk() else stat.S_IFREG if member.isreg() else 0
+                yield member.name, mode, member.size, partial(archive.extractfile, member)
+
+
+def is_photo_name(name: str) -> bool:
+    """Whether a path inside a source is named like a photo; hidden files and macOS's archive litter are not."""
+    hidden = any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in name.split("/"))
+    return name.lower().endswith((*IMAGE_SUFFIXES, ".avif", *HEIF_SUFFIXES, *RAW_SUFFIXES)) and not hidden
 
 
 @cache
 def readable_here() -> tuple[list[str], dict[str, str]]:
     """(Formats of Pillow's that are read here, suffix of photos that are not -> what to do)."""
     formats, other = list(IMAGE_FORMATS), dict.fromkeys(RAW_SUFFIXES, "convert them to JPEG")
-    if features.check("avif"):
+    if pillow_features.check("avif"):
         formats.append("AVIF")
     else:
         other[".avif"] = "pip install --upgrade pillow"
@@ -2021,85 +2018,6 @@ def readable_here() -> tuple[list[str], dict[str, str]]:
     except ImportError:
         other |= dict.fromkeys(HEIF_SUFFIXES, "pip install pillow-heif")
     return formats, other
-
-
-def is_photo_name(name: str) -> bool:
-    """Whether a path inside a source is named like a photo; hidden files and macOS's archive litter are not."""
-    hidden = any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in name.split("/"))
-    return name.lower().endswith((*IMAGE_SUFFIXES, ".avif", *HEIF_SUFFIXES, *RAW_SUFFIXES)) and not hidden
-
-
-def checked(name: str, read: Callable[[], bytes], mode: int, size: int, changed: int) -> Entry:
-    """An Entry that is refused when it is a link, a device, empty, too large or named to lead out of its source."""
-    leads_out = ".." in name.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", name)
-    problem = ("is a link" if stat.S_ISLNK(mode) else "is not a regular file" if not stat.S_ISREG(mode)
-               else "is empty" if size == 0
-               else f"is larger than {MAX_FILE_BYTES // 10**6} MB" if size > MAX_FILE_BYTES
-               else "has a path that leads out of its archive" if leads_out else "")
-    return Entry(name.removeprefix("./"), read, problem, (size, changed))
-
-
-def walk_source(source: Path, scratch: Path) -> Iterator[Entry]:
-    """Everything named like a photo in a folder, .zip, .tar or .tgz, one by one; nothing is written but to `scratch`.
-
-    An archive that breaks off ends with an Entry of its own name that says so."""
-    try:
-        if source.is_dir():
-            yield from walk_folder(source)
-        elif zipfile.is_zipfile(source):
-            yield from walk_zip(source)
-        else:
-            yield from walk_tar(source, scratch)
-    except Exception as error:  # each kind of archive and compression raises its own kinds of error
-        yield Entry(source.name, bytes, f"cannot be read further: {one_line(error)}")
-
-
-def walk_folder(root: Path) -> Iterator[Entry]:
-    """Photos of a folder and those in it, sorted; linked folders are not entered."""
-    troubles: list[OSError] = []
-    for folder, subfolders, names in os.walk(root, onerror=troubles.append):
-        subfolders.sort()
-        for path in (os.path.join(folder, name) for name in sorted(names)):
-            name = os.path.relpath(path, root).replace(os.sep, "/")
-            if is_photo_name(name) and not (os.path.basename(path) == "faces.png" and "manifest.json" in names):
-                info = os.lstat(path)
-                yield checked(name, partial(read_part, path), info.st_mode, info.st_size, info.st_mtime_ns)
-    for error in troubles:
-        yield Entry(os.path.relpath(error.filename, root), bytes, one_line(error))
-
-
-def read_part(path: str | Path, start: int = 0, size: int = -1) -> bytes:
-    """`size` bytes of a file, all by default; OSError where it cannot be read."""
-    with open(path, "rb") as file:
-        file.seek(start)
-        return file.read(size)
-
-
-def walk_zip(path: Path) -> Iterator[Entry]:
-    """Photos of a .zip, in its order."""
-    archive, changed = zipfile.ZipFile(path), path.stat().st_mtime_ns  # stays open for the entries
-    for info in archive.infolist():
-        if is_photo_name(info.filename):
-            mode = info.external_attr >> 16
-            mode = mode if stat.S_IFMT(mode) else stat.S_IFREG
-            yield checked(info.filename, partial(archive.read, info), mode, info.file_size, changed)
-
-
-def walk_tar(path: Path, scratch: Path) -> Iterator[Entry]:
-    """Photos of a .tar, in its order. Those of a packed one are copied to a scratch file, where they can be found."""
-    changed = path.stat().st_mtime_ns
-    with tarfile.open(path) as archive, open(scratch / "photos", "wb") as copies:
-        packed = not isinstance(archive.fileobj, io.BufferedReader)
-        for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # tarfile would remember each of a long archive
-            if is_photo_name(member.name) and not member.isdir():
-                read = partial(read_part, path, member.offset_data, member.size)
-                if packed and member.isreg() and member.size <= MAX_FILE_BYTES:
-                    read = partial(read_part, scratch / "photos", copies.tell(), member.size)
-                    archive.fileobj.seek(member.offset_data)
-                    copies.write(archive.fileobj.read(member.size))
-                mode = stat.S_IFLNK if member.issym() or member.islnk() else stat.S_IFREG if member.isreg() else 0
-                yield checked(member.name, read, mode, member.size, changed)
 
 
 def by_person(names: list[str]) -> list[list[str]]:
@@ -2146,24 +2064,39 @@ def choose_held_out(names: list[str], limit: int) -> list[str]:
     return [name for name in names if name in held_out]
 
 
+def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
+    """Decode a photo: (its faces, largest first, as (Box in the photo's pixels, (size, size, 3) uint8), why other faces
+    are not used). ValueError says in one line why the photo is not."""
+    if isinstance(crop, str):
+        image, scale = open_photo(data, 2 * DETECTION_PIXELS)
+        least, squares = size, find_faces(image)
+    else:
+        image, scale = open_photo(data, 2 * size / crop)
+        least, squares = MIN_FACE_PIXELS, [crop_box(*image.size, crop)]
+    good: list[Box] = []
+    refused: list[str] = []
+    for left, top, right, bottom in squares:
+        side = right - left
+        inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0)) / side ** 2
+        if scale * side < least:
+            refused.append(f"has a face too small to use ({scale * side:.0f} pixels, not {least})")
+        elif inside < 0.8:
+            refused.append("has a face of which more than a fifth lies outside")
+        else:
+            good.append((scale * left, scale * top, scale * right, scale * bottom))
+    if not good:
+        raise ValueError(refused[0] if refused else "no face found")
+    finer = size * scale / min(right - left for left, _, right, _ in good)
+    if finer > 1 and scale > 1:  # the photo has more pixels than faces were looked for in
+        image, scale = open_photo(data, finer * min(image.size))
+    return [(square, crop_square(image, square, size, scale)) for square in good], refused
+
+
 def crop_box(width: float, height: float, crop: float) -> Box:
     """The largest square in the central `crop` share of width and height, as (left, top, right, bottom) pixels."""
     side = crop * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB: 16-bit scaled to 8, transparency laid on white, the rest converted."""
-    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16-bit greys to white
-        grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip((grey + 128) // 257, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("holds floating-point numbers of unknown range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_photo(data: bytes, enough: float = MAX_PIXELS) -> tuple[Image.Image, float]:
@@ -2185,6 +2118,68 @@ def open_photo(data: bytes, enough: float = MAX_PIXELS) -> tuple[Image.Image, fl
         raise ValueError(one_line(error)) from None
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as RGB: 16-bit scaled to 8, transparency laid on white, the rest converted."""
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16-bit greys to white
+        grey = np.asarray(image).astype(np.int64)
+        return Image.fromarray(np.clip((grey + 128) // 257, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("holds floating-point numbers of unknown range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def crop_square(image: Image.Image, square: Box, size: int, scale: float = 1) -> np.ndarray:
+    """A square of a photo, of which a pixel of the RGB image stands for `scale`, as (size, size, 3) uint8; what lies
+    outside is mirrored."""
+    left, top, right, bottom = (edge / scale for edge in square)
+    x, y = max(0, math.ceil(-left)), max(0, math.ceil(-top))
+    beyond_x, beyond_y = max(0, math.ceil(right - image.width)), max(0, math.ceil(bottom - image.height))
+    if x or y or beyond_x or beyond_y:
+        image = Image.fromarray(np.pad(np.asarray(image), ((y, beyond_y), (x, beyond_x), (0, 0)), "symmetric"))
+    box = (left + x, top + y, right + x, bottom + y)
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
+
+
+def find_faces(image: Image.Image) -> list[Box]:
+    """Squares around the faces in an upright RGB image, largest first; they may lie outside it in part.
+
+    A square is 1.1 times the detector's box, which is the share of a face that the central half of an LFW photo shows.
+    First the whole is looked at from several distances, from which faces have 20 to 39 pixels: there the detector takes
+    steps of two pixels. Then each place where it saw anything is looked at closely. Faces of less than an 18th of the
+    image's longer side, or 28 pixels, are not found. UserError without OpenCV 4."""
+    face_detector()
+    from cv2 import groupRectangles
+    grey, seen = image.convert("L"), []
+    scale = max(max(grey.size) / DETECTION_PIXELS, 28 / 20)
+    while min(grey.size) >= 20 * scale:
+        seen += detect(grey, (0, 0, *grey.size), scale, scaleFactor=1.3, minNeighbors=0, maxSize=(39, 39))
+        scale *= 2
+    boxes = [[round(left), round(top), round(right - left), round(bottom - top)] for left, top, right, bottom in seen]
+    found: list[Box] = []
+    for left, top, side, _ in np.reshape(groupRectangles(2 * boxes, 1, 0.3)[0], (-1, 4)).tolist():
+        around = (max(0, left - side / 2), max(0, top - side / 2),
+                  min(grey.width, left + 1.5 * side), min(grey.height, top + 1.5 * side))
+        found += detect(grey, around, side / 48, scaleFactor=1.15, minNeighbors=2, minSize=(33, 33), maxSize=(72, 72))
+    squares: list[Box] = []
+    for left, top, right, bottom in sorted(found, key=lambda box: box[0] - box[2]):
+        x, y, half = (left + right) / 2, (top + bottom) / 2, 1.1 * (right - left) / 2
+        if not any(box[0] < x < box[2] and box[1] < y < box[3] for box in squares):  # else it is of one of their faces
+            squares.append((x - half, y - half, x + half, y + half))
+    return squares
+
+
+def detect(grey: Image.Image, region: Box, scale: float, **how) -> list[Box]:
+    """Boxes, in pixels of a grey image, of what the detector takes for faces in a region, shrunk by `scale`."""
+    left, top, right, bottom = region
+    size = max(1, round((right - left) / scale)), max(1, round((bottom - top) / scale))
+    shrunk = grey.resize(size, Image.Resampling.BILINEAR, region, reducing_gap=2)
+    found = np.reshape(face_detector().detectMultiScale(np.asarray(shrunk), **how), (-1, 4)) * scale
+    return [(left + x, top + y, left + x + side, top + y + side) for x, y, side, _ in found.tolist()]
+
+
 def face_detector():
     """This thread's own detector of faces, as it is not safe to share: the frontal-face cascade in OpenCV's wheel
     (Viola and Jones 2001; Lienhart, Kuranov and Pisarevsky 2003). UserError without OpenCV 4."""
@@ -2199,320 +2194,18 @@ def face_detector():
     return THREAD.detector
 
 
-def look(grey: Image.Image, region: Box, scale: float, **how) -> list[Box]:
-    """Boxes, in pixels of a grey image, of what the detector takes for faces in a region, shrunk by `scale`."""
-    left, top, right, bottom = region
-    size = max(1, round((right - left) / scale)), max(1, round((bottom - top) / scale))
-    shrunk = grey.resize(size, Image.Resampling.BILINEAR, region, reducing_gap=2)
-    found = np.reshape(face_detector().detectMultiScale(np.asarray(shrunk), **how), (-1, 4)) * scale
-    return [(left + x, top + y, left + x + side, top + y + side) for x, y, side, _ in found.tolist()]
+def cartoon_photos(settings: PrepareSettings, scratch: Path) -> dict[str, Path]:
+    """Cartoon faces in the place of photos: as many as are to be trained on, and a fifth of all to hold out."""
+    def make(number: int) -> Path:
+        face = cartoon_face(np.random.default_rng([settings.seed, number]), settings.size)
+        path = scratch / f"cartoon-{number}.png"
+        path.write_bytes(png_bytes(face))
+        return path
+    paths = map_ahead(make, range((settings.limit or 2000) * 5 // 4))
+    return {f"cartoon face {number}": path for number, path in enumerate(paths)}
 
 
-def find_faces(image: Image.Image) -> list[Box]:
-    """Squares around the faces in an upright RGB image, largest first; they may lie outside it in part.
-
-    A square is 1.1 times the detector's box, which is the share of a face that the central half of an LFW photo shows.
-    First the whole is looked at from several distances, from which faces have 20 to 39 pixels: there the detector takes
-    steps of two pixels. Then each place where it saw anything is looked at closely. Faces of less than an 18th of the
-    image's longer side, or 28 pixels, are not found. UserError without OpenCV 4."""
-    face_detector()
-    from cv2 import groupRectangles
-    grey, seen = image.convert("L"), []
-    scale = max(max(grey.size) / LOOK_PIXELS, 28 / 20)
-    while min(grey.size) >= 20 * scale:
-        seen += look(grey, (0, 0, *grey.size), scale, scaleFactor=1.3, minNeighbors=0, maxSize=(39, 39))
-        scale *= 2
-    boxes = [[round(left), round(top), round(right - left), round(bottom - top)] for left, top, right, bottom in seen]
-    found: list[Box] = []
-    for left, top, side, _ in np.reshape(groupRectangles(2 * boxes, 1, 0.3)[0], (-1, 4)).tolist():
-        around = (max(0, left - side / 2), max(0, top - side / 2),
-                  min(grey.width, left + 1.5 * side), min(grey.height, top + 1.5 * side))
-        found += look(grey, around, side / 48, scaleFactor=1.15, minNeighbors=2, minSize=(33, 33), maxSize=(72, 72))
-    squares: list[Box] = []
-    for left, top, right, bottom in sorted(found, key=lambda box: box[0] - box[2]):
-        x, y, half = (left + right) / 2, (top + bottom) / 2, 1.1 * (right - left) / 2
-        if not any(box[0] < x < box[2] and box[1] < y < box[3] for box in squares):  # else it is of one of their faces
-            squares.append((x - half, y - half, x + half, y + half))
-    return squares
-
-
-def cut(image: Image.Image, square: Box, size: int, scale: float = 1) -> np.ndarray:
-    """A square of a photo, of which a pixel of the RGB image stands for `scale`, as (size, size, 3) uint8; what lies
-    outside is mirrored."""
-    left, top, right, bottom = (edge / scale for edge in square)
-    x, y = max(0, math.ceil(-left)), max(0, math.ceil(-top))
-    beyond_x, beyond_y = max(0, math.ceil(right - image.width)), max(0, math.ceil(bottom - image.height))
-    if x or y or beyond_x or beyond_y:
-        image = Image.fromarray(np.pad(np.asarray(image), ((y, beyond_y), (x, beyond_x), (0, 0)), "symmetric"))
-    box = (left + x, top + y, right + x, bottom + y)
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
-
-
-def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
-    """Decode a photo: (its faces, largest first, as (Box in the photo's pixels, (size, size, 3) uint8), why other faces
-    are not used). ValueError says in one line why the photo is not."""
-    if isinstance(crop, str):
-        image, scale = open_photo(data, 2 * LOOK_PIXELS)
-        least, squares = size, find_faces(image)
-    else:
-        image, scale = open_photo(data, 2 * size / crop)
-        least, squares = MIN_FACE_PIXELS, [crop_box(*image.size, crop)]
-    good: list[Box] = []
-    refused: list[str] = []
-    for left, top, right, bottom in squares:
-        side = right - left
-        inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0)) / side ** 2
-        if scale * side < least:
-            refused.append(f"has a face too small to use ({scale * side:.0f} pixels, not {least})")
-        elif inside < 0.8:
-            refused.append("has a face of which more than a fifth lies outside")
-        else:
-            good.append((scale * left, scale * top, scale * right, scale * bottom))
-    if not good:
-        raise ValueError(refused[0] if refused else "no face found")
-    finer = size * scale / min(right - left for left, _, right, _ in good)
-    if finer > 1 and scale > 1:  # the photo has more pixels than faces were looked for in
-        image, scale = open_photo(data, finer * min(image.size))
-    return [(square, cut(image, square, size, scale)) for square in good], refused
-
-
-def check_data_folder(data: Path) -> None:
-    """Refuse to write a dataset into a folder that holds anything but a dataset of ours."""
-    if data.exists() and not data.is_dir():
-        raise UserError(f"{data} is a file: name another folder with --data")
-    names = os.listdir(data) if data.exists() else []
-    # A manifest.json or faces.png without a batch beside it is someone else's
-    ours = OUR_DATA_FILES if any(name.endswith(".pt.gz") for name in names) else re.compile(r"\.gan-.*")
-    foreign = [name for name in names if not ours.fullmatch(name)]
-    if foreign and read_manifest(data) is None:
-        raise UserError(f"{data} holds other files ({foreign[0]}): name another folder with --data")
-
-
-def find_source(settings: PrepareSettings) -> Path:
-    """The folder or archive to read photos from; a folder with no photo but one archive stands for the archive."""
-    if settings.download:
-        try:
-            import kagglehub
-        except ImportError:
-            raise UserError("--download needs the kagglehub library: pip install kagglehub") from None
-        try:
-            source = Path(kagglehub.dataset_download("atulanandjha/lfwpeople"))
-        except Exception as error:  # the library passes on whatever its network libraries raise
-            raise UserError(f"the download of atulanandjha/lfwpeople failed: {one_line(error)}") from None
-    else:
-        source = Path(settings.dataset or "dataset/lfwpeople/lfw_funneled")
-    if not source.exists():
-        if settings.dataset:
-            raise UserError(f"{source} does not exist: give --dataset a folder of photos, a .zip, .tar or .tgz")
-        raise UserError(f"no photos at {source}: name yours with --dataset PATH, fetch some with --download, "
-                        "or draw some with --demo")
-    if source.is_dir() and not any(True for _ in walk_folder(source)):
-        archives = sorted(path for path in source.rglob("*") if path.name.lower().endswith(ARCHIVE_SUFFIXES))
-        source = archives[0] if len(archives) == 1 else source
-    return source
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[TextIO]:
-    """Keep from stderr what is written there, as libtiff has words for each photo; yields a stream that reaches it."""
-    with os.fdopen(os.dup(2), "w") as terminal, open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield terminal
-        finally:
-            os.dup2(terminal.fileno(), 2)
-
-
-def draw_photos(settings: PrepareSettings) -> Iterator[Entry]:
-    """Drawn faces in the place of photos: as many as are to be trained on, and a fifth of all to hold out."""
-    def drawn(index: int) -> bytes:
-        return png_bytes(draw_face(np.random.default_rng([settings.seed, index]), settings.size))
-    for i in range((settings.limit or 2000) * 5 // 4):
-        yield Entry(f"drawn face {i}", partial(drawn, i))
-
-
-class Photos:
-    """The photos of a source, or drawn faces in their place: which may be taken, and what becomes of each.
-
-    `names` are in the order in which they are to be taken; `skipped` is name -> reason; `unread` counts the suffixes of
-    kinds that are not read here; `made` the faces that this process made. `work` is a folder for batches and for notes
-    of which are done, the same one for the same settings and files."""
-
-    def __init__(self, settings: PrepareSettings):
-        self.settings, self.terminal, self.made = settings, sys.stderr, 0
-        self.source = None if settings.demo else find_source(settings)
-        self.skipped: dict[str, str] = {}
-        self.unread: Counter[str] = Counter()
-        self.read: dict[str, Callable[[], bytes]] = {}
-        self.decoded: dict[str, tuple[list[tuple[Box, np.ndarray]], list[str]]] = {}
-        scratch, digest = Path(settings.data, ".gan-prepare"), hashlib.sha256(repr(settings).encode())
-        scratch.mkdir(parents=True, exist_ok=True)
-        found = walk_source(self.source, scratch) if self.source else draw_photos(settings)
-        entries = {entry.name: entry for entry in found}  # the last one of a name counts
-        for name, read, problem, version in entries.values():
-            digest.update(repr((name, version)).encode())
-            if problem:
-                self.skipped[name] = problem
-            elif (suffix := os.path.splitext(name)[1].lower()) in readable_here()[1]:
-                self.unread[suffix] += 1
-            else:
-                self.read[name] = read
-        good, self.found = list(self.read), len(entries)
-        self.several = len({name.rpartition("/")[0] for name in good}) > 1
-        self.names = choose_photos(good, settings.per_person, settings.seed) if self.source else good
-        self.work = scratch / digest.hexdigest()[:16]
-        for other in scratch.iterdir():
-            if other.is_dir() and other != self.work:
-                shutil.rmtree(other)
-        self.work.mkdir(exist_ok=True)
-
-    def decode(self, name: str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
-        """(Faces of a photo, why others are not used). Of a photo of a person that is one face, the largest. The first
-        good photos are remembered: they are asked for again if too few are held out to judge by."""
-        if name in self.decoded:
-            return self.decoded.pop(name)
-        try:
-            crop = self.settings.crop if self.source else 1.0
-            faces, refused = decode_faces(self.read[name](), self.settings.size, crop)
-        except Exception as error:  # each kind of archive and compression raises its own kinds of error
-            return [], [one_line(error)]
-        found = faces[:1] if self.several and "/" in name else faces, refused
-        if len(self.decoded) < LEAST_JUDGED:
-            self.decoded[name] = found
-        return found
-
-    def faces(self, names: list[str], first: int, bar: tqdm) -> Iterator[tuple]:
-        """The faces of those photos from number `first` on, as (pixels, what is told of the face, photos skipped since
-        the one before, number of the photo, number of the face in it)."""
-        skipped: dict[str, str] = {}
-        for place, (found, refused) in enumerate(map_ahead(self.decode, names[first:]), first):
-            if not found:
-                self.skipped[names[place]] = skipped[names[place]] = refused[0]
-            for number, (box, pixels) in enumerate(found):
-                told = {"photo": names[place], "box": [round(edge, 1) for edge in box]}
-                yield pixels, told | ({"not_used": refused} if refused else {}), skipped, place, number
-                skipped = {}
-            bar.update()
-
-    def write(self, kind: str, item: tuple[int, list[tuple]]) -> dict:
-        """Write a numbered lot of faces: the batch, named by its content; what is told of its faces; and a note that
-        this is done, which is returned."""
-        number, (pixels, told, skipped, places, numbers) = item[0], zip(*item[1])
-        images, buffer = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), io.BytesIO()
-        torch.save(images, buffer)
-        # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
-        packer = zlib.compressobj(1, zlib.DEFLATED, 31, strategy=zlib.Z_HUFFMAN_ONLY)
-        packed = packer.compress(buffer.getbuffer()) + packer.flush()
-        digest = hashlib.sha256(packed).hexdigest()
-        stem = f"{kind}-{number:05d}-{digest[:8]}"
-        atomic_write(self.work / f"{stem}.pt.gz", packed)
-        atomic_write(self.work / f"{stem}.json", json.dumps(told).encode())
-        if self.settings.png and kind == "faces":
-            write_pngs(Path(self.settings.png), images, number * BATCH_FILE_FACES)
-        note = {"batch": {"file": f"{stem}.pt.gz", "count": len(images), "sha256": digest},
-                "skipped": dict(pair for some in skipped for pair in some.items()), "place": places[-1],
-                "number": numbers[-1]}
-        atomic_write(self.work / f"{kind}-{number:05d}.note", json.dumps(note).encode())
-        return note
-
-    def take(self, kind: str, names: list[str], most: int) -> tuple[list[dict], list[str]]:
-        """Write the first `most` faces of those photos, or all there are, in batches, and go on from where a killed
-        process got to: (the batches' entries in the manifest, names of the photos used)."""
-        notes: list[dict] = []
-        while (path := self.work / f"{kind}-{len(notes):05d}.note").exists():
-            notes.append(json.loads(path.read_bytes()))
-            self.skipped |= notes[-1]["skipped"]
-        place, used = (notes[-1]["place"], notes[-1]["number"] + 1) if notes else (0, 0)
-        taken = sum(note["batch"]["count"] for note in notes)
-        if notes:
-            say(f"{kind}: going on after {taken:,}")
-        if taken < most:
-            with tqdm(desc=kind, unit="photo", total=min(most, len(names)), initial=place, file=self.terminal,
-                      disable=not self.terminal.isatty()) as bar:
-                faces = islice(self.faces(names, place, bar), used, used + most - taken)
-                lots = iter(lambda: list(islice(faces, BATCH_FILE_FACES)), [])
-                notes += map_ahead(partial(self.write, kind), enumerate(lots, len(notes)), ahead=1)
-        self.made += sum(note["batch"]["count"] for note in notes) - taken
-        seen = names[:notes[-1]["place"] + 1] if notes else []
-        return [note["batch"] for note in notes], [name for name in seen if name not in self.skipped]
-
-
-def unread_text(kinds: dict[str, int]) -> str:
-    """Which photos are of kinds that are not read, by suffix, and what to do; nothing if there are none."""
-    told = ", ".join(f"{kind} {count:,} ({readable_here()[1][kind]})" for kind, count in sorted(kinds.items()))
-    return f", not read {told}" if told else ""
-
-
-def write_batches(photos: Photos) -> dict:
-    """Turn photos into batches; what the manifest says of them. Where photos turn out bad, the next ones take their
-    place. The numbers of `files` add up to `photos_found`."""
-    limit = photos.settings.limit or 10**10  # which is all
-    apart = choose_held_out(photos.names, limit)
-    held_out, strangers = photos.take("held-out", apart, max(len(apart), HELD_OUT_FACES))
-    if sum(batch["count"] for batch in held_out) < LEAST_JUDGED:  # nothing could be told from so few
-        held_out, strangers, photos.made = [], [], 0
-    seen = photos.skipped.keys() | strangers
-    others = [name for name in photos.names if name not in seen]
-    batches, used = photos.take("faces", others, limit)
-    files = {"used": len(used), "held_out": len(strangers), "left_by_per_person": len(photos.read) - len(photos.names),
-             "left_by_limit": sum(name not in photos.skipped for name in others) - len(used),
-             "skipped": len(photos.skipped), "not_read": dict(photos.unread)}
-    return {"count": sum(batch["count"] for batch in batches), "source": str(photos.source or "drawn faces"),
-            "photos_found": photos.found, "files": files, "batches": batches, "held_out": held_out,
-            "skipped": [{"file": name, "reason": reason} for name, reason in sorted(photos.skipped.items())]}
-
-
-def crops_with_face(images: Tensor) -> float | None:
-    """Share of the uint8 images (N, 3, S, S) that a face fills at least half of; None where OpenCV is not there."""
-    def filled(image: np.ndarray) -> bool:
-        enlarged = Image.fromarray(image).resize((160, 160))
-        return any(right - left >= 80 for left, _, right, _ in find_faces(enlarged))
-    try:
-        return sum(map_ahead(filled, images.permute(0, 2, 3, 1).numpy())) / len(images)
-    except UserError:
-        return None
-
-
-def prepare(settings: PrepareSettings) -> dict:
-    """Turn photos into a dataset folder and return its manifest.
-
-    The folder holds faces-NNNNN-HASH.pt.gz (gzipped uint8 tensors (n, 3, size, size), n <= 200), beside each a .json
-    with the photo and Box of each face, held-out-… likewise, faces.png (the first 100 faces) and manifest.json. Batches
-    are named by content, and the manifest is written after them: whoever reads it sees the earlier dataset whole
-    or the new one whole, whenever this process is killed. The same call then goes on from the last batch."""
-    if settings.crop == "face":
-        face_detector()  # or say at once that there is none
-    data, started = Path(settings.data), time.monotonic()
-    check_data_folder(data)
-    photos = Photos(settings)
-    with quiet_libraries() as photos.terminal:
-        facts = write_batches(photos)
-    if not facts["batches"]:
-        remove_orphans(data)
-        example = "".join(f": {item['file']!a} {item['reason']}, for one" for item in facts["skipped"][:1])
-        raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders "
-                        f"and skipped {len(facts['skipped'])}{example}{unread_text(facts['files']['not_read'])}")
-    batches = [batch["file"] for batch in facts["batches"] + facts["held_out"]]
-    fresh = batches + [name.replace(".pt.gz", ".json") for name in batches]
-    for name in fresh:
-        with suppress(FileNotFoundError):  # a killed process has put it in place
-            os.replace(photos.work / name, data / name)
-    first = read_batch(data, settings.size, facts["batches"][0])[:100]
-    told = photos.source and settings.crop != "face" and len(first) >= 20  # fewer would say nothing
-    manifest = {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size,
-                "crops_with_face": crops_with_face(first[:50]) if told else None, **facts, "settings": asdict(settings)}
-    atomic_write(data / "manifest.json", json.dumps(manifest, indent=1).encode())
-    write_grid(data / "faces.png", first)
-    remove_orphans(data)
-    for path in data.glob("*-*-*"):
-        if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
-            path.unlink()
-    seconds = time.monotonic() - started
-    say(f"made {photos.made:,} faces in {seconds:.1f} s, {photos.made / seconds:,.0f} a second")
-    return manifest
-
-
-# Palettes of the drawn faces, each a line through colour space
+# Palettes of the cartoon faces, each a line through colour space
 SKINS = np.array([(250, 218, 196), (234, 190, 156), (200, 146, 108), (128, 86, 62)])
 HAIRS = np.array([(175, 170, 168), (44, 36, 36), (84, 54, 36), (126, 84, 50), (212, 172, 104), (160, 76, 42)])
 IRISES = np.array([(70, 44, 28), (110, 78, 42), (84, 124, 82), (86, 132, 172)])
@@ -2525,8 +2218,8 @@ def mixed_colour(rng: np.random.Generator, palette: np.ndarray) -> np.ndarray:
     return palette[int(index)] * (1 - part) + palette[int(index) + 1] * part
 
 
-def draw_face(rng: np.random.Generator, size: int) -> Image.Image:
-    """Draw a size×size portrait of nobody, in head coordinates: temples at u = ±1, crown and chin at v = ∓1."""
+def cartoon_face(rng: np.random.Generator, size: int) -> Image.Image:
+    """A size×size portrait of nobody, in head coordinates: temples at u = ±1, crown and chin at v = ∓1."""
     skin, hair, iris, wall, shirt = (mixed_colour(rng, p) for p in (SKINS, HAIRS, IRISES, CLOTHS, CLOTHS))
     width, jaw, nose, eye, smile = rng.uniform((0.31, 0.1, 0.13, 0.08, 0), (0.36, 0.3, 0.2, 0.12, 0.15))
     yaw, pitch, roll, light, part, brow, gape, feminine = rng.uniform(-1, 1, 8)
@@ -2589,7 +2282,7 @@ def draw_face(rng: np.random.Generator, size: int) -> Image.Image:
 MAX_FILM_FACES = 32  # that one film passes through
 
 
-def film(vectors: Tensor, frames: int = 24, loop: bool = False) -> Tensor:
+def interpolate(vectors: Tensor, frames: int = 24, loop: bool = False) -> Tensor:
     """Latent vectors on the way through `vectors` (N, 128), so many a leg, the last one at its end: (M, 128).
 
     Spherical interpolation: straight lines would pass shorter vectors, whose faces are pale."""
@@ -2619,17 +2312,17 @@ def generate(settings: GenerateSettings) -> int:
     generator, facts = load_generator(path, pick_device(settings.device))
     out = Path(settings.out) if settings.out else run / "generated"
     grid = Path(f"{out}-grid.png")  # not among the faces, which other tools read as they are
-    z = draw_latents(settings.count, settings.seed, settings.min_abs)
+    z = sample_latents(settings.count, settings.seed, settings.min_abs)
     digits = max(5, len(str(settings.count - 1)))
     with tqdm(total=settings.count, unit="face", desc="generate", disable=not sys.stderr.isatty()) as bar:
         for start, part in enumerate(z.split(100)):
-            images = draw(generator, part, precision="fp32")
+            images = sample_images(generator, part, precision="fp32")
             if start == 0:
                 write_grid(grid, images)
             write_pngs(out, images, start * 100, digits)
             bar.update(len(images))
     if settings.interpolate:
-        frames = pictures(draw(generator, film(z[:MAX_FILM_FACES])))
+        frames = pictures(sample_images(generator, interpolate(z[:MAX_FILM_FACES])))
         atomic_write(Path(f"{out}-film.webp"), webp_bytes([ImageOps.scale(frame, 2) for frame in frames]))
     say(f"{settings.count} faces of {path} (epoch {facts['epoch']}, seed {settings.seed}) in {out}; look at {grid}")
     return 0
@@ -2641,6 +2334,7 @@ def generate(settings: GenerateSettings) -> int:
 
 GREY_LEVELS = 127.5  # of a picture's 255 in a change of 1 of a face
 KEEP_REST = 0.25  # weight of the pixels that are not painted over
+FORWARD_MODE = threading.Lock()  # torch has one level of forward-mode differentiation for all threads
 
 
 @torch.no_grad()
@@ -2654,7 +2348,8 @@ def jacobian(generator: nn.Module, z: Tensor) -> Tensor:
 
     def column(tangent: Tensor) -> Tensor:
         return torch.func.jvp(lambda z: network(z[None]).flatten(), (z.to(dtype),), (tangent,))[1]
-    return torch.func.vmap(column, chunk_size=32)(torch.eye(len(z), dtype=dtype)).T.float()
+    with FORWARD_MODE:
+        return torch.func.vmap(column, chunk_size=32)(torch.eye(len(z), dtype=dtype)).T.float()
 
 
 @torch.no_grad()
@@ -2663,10 +2358,11 @@ def strongest_directions(generator: nn.Module, count: int = 10, pairs: int = 500
     towards brighter faces; and by how many grey levels (RMS) a step of 1 changes a face.
 
     Singular vectors of the linear map nearest to the network (least squares over random faces, which is its mean
-    Jacobian). With each z its opposite is drawn, so that what is the same for both cancels."""
-    z = draw_latents(pairs, seed=0)
-    products = sum(part.T @ (to_face(draw(generator, part)) - to_face(draw(generator, -part))).flatten(1)
-                   for part in z.split(50))
+    Jacobian). With each z its opposite is taken, so that what is the same for both cancels."""
+    z = sample_latents(pairs, seed=0)
+    def differences(part: Tensor) -> Tensor:
+        return (to_face(sample_images(generator, part)) - to_face(sample_images(generator, -part))).flatten(1)
+    products = sum(part.T @ differences(part) for part in z.split(50))
     linear = torch.linalg.solve(2 * z.T @ z, products)
     squares, vectors = torch.linalg.eigh(linear @ linear.T)
     vectors = vectors.T.flip(0)[:count]
@@ -2675,33 +2371,33 @@ def strongest_directions(generator: nn.Module, count: int = 10, pairs: int = 500
 
 
 @torch.no_grad()
-def region_sliders(jacobian: Tensor, mask: Tensor, count: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+def region_sliders(jac: Tensor, mask: Tensor, count: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     """Directions that change a region most and the rest least: (count, 128) of length 1, best first; and by how many
     grey levels (RMS) a step of 1 changes the pixels inside and outside of the mask, (S, S) in 0..1.
 
     Generalised eigenvectors of JᵀMJ and Jᵀ(1 − M)J + c (arXiv 2202.09649); c keeps away those that change nothing."""
     weights = mask.flatten().repeat(3)[:, None]
-    inside, outside = jacobian.T @ (jacobian * weights), jacobian.T @ (jacobian * (1 - weights))
+    inside, outside = jac.T @ (jac * weights), jac.T @ (jac * (1 - weights))
     damped = outside + 0.05 * outside.diagonal().mean().clamp_min(1e-9) * torch.eye(len(outside))
     whiten = torch.linalg.inv(torch.linalg.cholesky(damped))
     vectors = torch.linalg.eigh(whiten @ inside @ whiten.T)[1][:, -count:].flip(1)
     vectors = F.normalize(whiten.T @ vectors, dim=0)
-    squares = (jacobian @ vectors).square()
+    squares = (jac @ vectors).square()
     change_inside, change_outside = (((squares * share).sum(0) / share.sum().clamp_min(1)).sqrt() * GREY_LEVELS
                                      for share in (weights, 1 - weights))
     return vectors.T, change_inside, change_outside
 
 
 @torch.no_grad()
-def find_regions(jacobian: Tensor, size: int) -> Tensor:
+def find_regions(jac: Tensor, size: int) -> Tensor:
     """The face as its network divides it: (S, S), a number from 0 to 8 for each pixel, the same where pixels move
     together.
 
     k-means of what each pixel answers to latent vectors, all whose effects count the same (whitened: or the light from
     the left would be all that is found), and of its place, left or right. A start on a 3×3 grid."""
-    square = jacobian.T @ jacobian
+    square = jac.T @ jac
     values, vectors = torch.linalg.eigh(square + 0.02 * square.diagonal().mean() * torch.eye(len(square)))
-    answers = (jacobian @ (vectors * values.rsqrt())).view(3, size, size, -1).mean(0).permute(2, 0, 1)
+    answers = (jac @ (vectors * values.rsqrt())).view(3, size, size, -1).mean(0).permute(2, 0, 1)
     side = size // 32 * 2 + 1
     answers = F.avg_pool2d(F.pad(answers[None], (side // 2,) * 4, mode="replicate"), side, 1)[0].flatten(1).T
     row, column = torch.meshgrid(*[torch.arange(size) / size] * 2, indexing="ij")
@@ -2755,7 +2451,7 @@ PRIOR = 0.1  # weight of the length of z, against the mean square of the differe
 
 
 @torch.no_grad()
-def fit_step(generator: nn.Module, z: Tensor, jacobian: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+def fit_step(generator: nn.Module, z: Tensor, jac: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """One step from z (128,) to a face nearer to target (3, S, S) where weights (S, S) are large: damped Gauss-Newton
     (Levenberg-Marquardt). z itself where no step is nearer.
 
@@ -2763,8 +2459,8 @@ def fit_step(generator: nn.Module, z: Tensor, jacobian: Tensor, target: Tensor, 
     dampings are tried in one forward pass."""
     share = (weights / (3 * weights.sum())).flatten().repeat(3)
     length, usual = z.norm().clamp_min(1e-6), math.sqrt(len(z))
-    square = jacobian.T @ (jacobian * share[:, None]) + PRIOR / len(z) * torch.outer(z, z) / length ** 2
-    slope = (jacobian.T @ (share * (target - generator(z[None])[0]).flatten())
+    square = jac.T @ (jac * share[:, None]) + PRIOR / len(z) * torch.outer(z, z) / length ** 2
+    slope = (jac.T @ (share * (target - generator(z[None])[0]).flatten())
              + PRIOR / len(z) * (usual - length) * z / length)
     damping = square.diagonal().mean() * torch.tensor([0, 0.01, 0.1, 0.3, 1, 3, 10, 100]) + 1e-9
     steps = torch.linalg.solve(square + damping[:, None, None] * torch.eye(len(z)), slope.expand(len(damping), -1))
@@ -2780,12 +2476,12 @@ FIT_DONE = 0.2  # grey levels: a step that brings less is the last
 @torch.no_grad()
 def fit_start(generator: nn.Module, target: Tensor, weights: Tensor, count: int = 256) -> Tensor:
     """Of `count` random latent vectors the one (128,) whose face is nearest to the target."""
-    z = draw_latents(count, seed=0)
-    distances = [distances_to(target, to_face(draw(generator, part)), weights) for part in z.split(32)]
+    z = sample_latents(count, seed=0)
+    distances = [distances_to(target, to_face(sample_images(generator, part)), weights) for part in z.split(32)]
     return z[torch.cat(distances).argmin()]
 
 
-def fits(generator: nn.Module, target: Tensor, weights: Tensor, most: int = 12) -> Iterator[tuple[Tensor, float]]:
+def fit_photo(generator: nn.Module, target: Tensor, weights: Tensor, most: int = 12) -> Iterator[tuple[Tensor, float]]:
     """Nearer and nearer faces to a target: (latent vector, distance in grey levels) after each step until the last."""
     z, before = fit_start(generator, target, weights), math.inf
     for _ in range(most):
@@ -2815,7 +2511,8 @@ def folded_layers(generator: Generator) -> list[dict]:
                            "stride": layer.stride[0], "padding": padding, "weight": weight})
         elif isinstance(layer, Bias):
             layers.append({"op": "bias", "data": layer.bias})
-        elif isinstance(layer, BatchNorm):
+        elif isinstance(layer, nn.BatchNorm2d):
+            assert layer.running_var is not None
             scale = layer.weight / torch.sqrt(layer.running_var + layer.eps)
             bias = layers.pop()["data"] if layers[-1]["op"] == "bias" else torch.zeros(len(scale), 1, 1)
             next(before for before in reversed(layers) if "weight" in before)["weight"] *= scale[:, None, None]
@@ -2856,10 +2553,10 @@ def export_page(generator: Generator, facts: dict, directions: list[dict]) -> by
 
 
 def export_onnx(generator: Generator, facts: dict) -> bytes:
-    """The generator for other programs, `z` (N, 128) -> `face` (N, 3, S, S). UserError where it draws other faces."""
+    """The generator for other programs, `z` (N, 128) -> `face` (N, 3, S, S)."""
     try:
         import onnx
-        from onnx import helper, numpy_helper, reference
+        from onnx import helper, numpy_helper
     except ImportError:
         raise UserError("ONNX needs a package: pip install onnx") from None
     nodes, arrays = [helper.make_node("Reshape", ["z", "shape"], ["x0"])], {"shape": np.array([-1, LATENT_SIZE, 1, 1])}
@@ -2880,13 +2577,7 @@ def export_onnx(generator: Generator, facts: dict) -> bytes:
     graph = helper.make_graph(nodes, "generator", [helper.make_tensor_value_info("z", real, ["N", LATENT_SIZE])],
                               [helper.make_tensor_value_info("face", real, ["N", 3, size, size])],
                               [numpy_helper.from_array(array, name) for name, array in arrays.items()])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    z = draw_latents(2, seed=0)
-    theirs: Any = reference.ReferenceEvaluator(model).run(["face"], {"z": z.numpy()})
-    difference = np.abs(theirs[0] - generator(z).numpy()).max()
-    if not difference < 1e-3:
-        raise UserError(f"the ONNX network draws other faces (by {difference:.4f}): nothing was written")
-    return model.SerializeToString()
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8).SerializeToString()
 
 
 def tidy(vector: Tensor) -> list[float]:
@@ -2894,29 +2585,17 @@ def tidy(vector: Tensor) -> list[float]:
     return [round(number, 5) for number in vector.tolist()]
 
 
-def read_names(run: Path) -> dict[str, Tensor]:
-    """What a person called directions of a run: name -> vector (128,)."""
-    try:
-        named = json.loads((run / "directions.json").read_text("utf-8"))
-        return {name: torch.tensor(vector).reshape(LATENT_SIZE) for name, vector in named.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError):  # none yet, or not written by us
-        return {}
-
-
-def describe_directions(run: Path, vectors: Tensor, strengths: Tensor) -> list[dict]:
-    """Directions as plain types: vector, strength in grey levels, and what a person called it, if anything. A name
-    stays with what becomes of a direction by further training: with one that is nearly parallel."""
-    named = read_names(run)
-    return [{"vector": tidy(vector), "strength": round(strength, 3),
-             "name": next((name for name, known in named.items() if known @ vector > 0.9), "")}
+def describe_directions(vectors: Tensor, strengths: Tensor) -> list[dict]:
+    """Directions as plain types: vector, and strength in grey levels."""
+    return [{"vector": tidy(vector), "strength": round(strength, 3)}
             for vector, strength in zip(vectors, strengths.tolist())]
 
 
-def describe_sliders(jacobian: Tensor, mask: Tensor) -> list[dict]:
+def describe_sliders(jac: Tensor, mask: Tensor) -> list[dict]:
     """The three to five sliders of a region as plain types: those whose mean square change of it is three times that of
     the rest, as far as there are. `reach`: the step that would change it by 45 grey levels, from 2 to 8."""
     found: list[dict] = []
-    for vector, inside, outside in zip(*region_sliders(jacobian, mask)):
+    for vector, inside, outside in zip(*region_sliders(jac, mask)):
         if len(found) < 3 or inside ** 2 >= 3 * outside ** 2:
             reach = min(8.0, max(2.0, 45 / max(inside.item(), 0.01)))
             found.append({"vector": tidy(vector), "inside": round(inside.item(), 3),
@@ -2924,24 +2603,14 @@ def describe_sliders(jacobian: Tensor, mask: Tensor) -> list[dict]:
     return found
 
 
-def name_direction(run: Path, vector: Tensor, name: str) -> None:
-    """Keep a person's name of a direction with the run; an empty one forgets it. The newest 100 are kept."""
-    others = {name: tidy(known) for name, known in read_names(run).items() if known @ vector <= 0.9}
-    named = ({name: tidy(vector)} if name else {}) | {other: known for other, known in others.items() if other != name}
-    atomic_write(run / "directions.json", json.dumps(dict(list(named.items())[:100])).encode())
-
-
 # ================================================================================================
 # Server: a pure function from request to response, and HTTP around it
 # ================================================================================================
 
-MAX_REQUEST_LINE = 16_384  # bytes; a vector takes about 2,000
-MAX_HEADER_BYTES = 32_768
 MAX_BODY_BYTES = 1_000_000  # of JSON
 MAX_PHOTO_BYTES = 20_000_000
 MAX_PHOTO_SIDE = 3000  # pixels; a larger photo is reduced
-MAX_CONNECTIONS = 256
-REQUEST_SECONDS = 10  # to send a request, to take the answer, or to stay idle
+MAX_THREADS = 256  # one a connection, and a few of our own
 MAX_ABS_VALUE = 100.0  # of a number of z; far beyond it the network overflows
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
@@ -2962,7 +2631,7 @@ class BadRequest(Exception):
         self.response = Response(status, "text/plain; charset=utf-8", f"{text}\n".encode(), headers)
 
 
-def numbers(value, count: int, low: float, high: float) -> Tensor:
+def parse_numbers(value, count: int, low: float, high: float) -> Tensor:
     """So many numbers from low to high, in a list or as text with commas, (count,)."""
     if isinstance(value, str):
         value = [float(part) if NUMBER.fullmatch(part) else part for part in value.split(",")]
@@ -2974,21 +2643,21 @@ def numbers(value, count: int, low: float, high: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
 
 
-def vector(value, size: int) -> Tensor:
+def parse_vector(value, size: int) -> Tensor:
     """A latent vector (128,)."""
-    return numbers(value, LATENT_SIZE, -MAX_ABS_VALUE, MAX_ABS_VALUE)
+    return parse_numbers(value, LATENT_SIZE, -MAX_ABS_VALUE, MAX_ABS_VALUE)
 
 
-def vectors(least: int, most: int) -> Callable:
+def parse_vectors(least: int, most: int) -> Callable:
     """A parser of so many latent vectors, (N, 128)."""
     def parse(value, size: int) -> Tensor:
         if not isinstance(value, list) or not least <= len(value) <= most:
             raise ValueError(f"a list of {least} to {most} is wanted")
-        return torch.stack([vector(one, size) for one in value])
+        return torch.stack([parse_vector(one, size) for one in value])
     return parse
 
 
-def whole(low: int, high: int, default: int | None = None) -> Callable:
+def parse_whole(low: int, high: int, default: int | None = None) -> Callable:
     """A parser of a whole number."""
     def parse(value, size: int) -> int:
         text = str(default if value is None else value)
@@ -2998,15 +2667,15 @@ def whole(low: int, high: int, default: int | None = None) -> Callable:
     return parse
 
 
-def mask(value, size: int) -> Tensor:
+def parse_mask(value, size: int) -> Tensor:
     """A part of a face, (S, S) in 0..1."""
-    found = numbers(value, size * size, 0, 1).view(size, size)
+    found = parse_numbers(value, size * size, 0, 1).view(size, size)
     if found.sum() < 1:
         raise ValueError("nothing is in it: brush over a part of the face")
     return found
 
 
-def picture(value, size: int) -> Tensor:
+def parse_picture(value, size: int) -> Tensor:
     """A face (3, S, S) in [-1, 1] from a PNG's data URL."""
     with suppress(Exception):  # Pillow raises every kind of error on hostile files
         data = base64.b64decode(value.removeprefix("data:image/png;base64,"), validate=True)
@@ -3016,28 +2685,21 @@ def picture(value, size: int) -> Tensor:
     raise ValueError(f"the data URL of a PNG of {size}×{size} pixels is wanted")
 
 
-def upload(value, size: int) -> Image.Image:
+def parse_photo(value, size: int) -> Image.Image:
     """A photo, at most MAX_PHOTO_SIDE high and wide."""
     photo, _ = open_photo(value, MAX_PHOTO_SIDE)
     photo.thumbnail((MAX_PHOTO_SIDE, MAX_PHOTO_SIDE))
     return photo
 
 
-def square(value, size: int) -> Box | None:
+def parse_square(value, size: int) -> Box | None:
     """A square in a photo, left, top, right, bottom; None where none is given."""
     if value is None:
         return None
-    left, top, right, bottom = numbers(value, 4, -10_000, 10_000).tolist()
+    left, top, right, bottom = parse_numbers(value, 4, -10_000, 10_000).tolist()
     if right - left < 8 or abs(right - left - (bottom - top)) > 1 + (right - left) / 50:
         raise ValueError("a square of 8 pixels or more is wanted: left,top,right,bottom")
     return left, top, right, top + right - left
-
-
-def label(value, size: int) -> str:
-    """What a person calls something."""
-    if not isinstance(value, str) or len(value) > 40 or not value.isprintable():
-        raise ValueError("a line of at most 40 characters is wanted")
-    return value.strip()
 
 
 def read_target(target: str) -> tuple[str, dict[str, Any]]:
@@ -3047,13 +2709,13 @@ def read_target(target: str) -> tuple[str, dict[str, Any]]:
         query = parse_qsl(url.query, keep_blank_values=True, max_num_fields=16, errors="strict")
     except ValueError:
         raise BadRequest(400, "the address cannot be read") from None
-    fields: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name, value in query:
-        if name in fields:
+        if name in given:
             raise BadRequest(400, f"{name[:20]!a} is given twice")
-        fields[name] = value
+        given[name] = value
     folder, _, epoch = url.path.rpartition("/")
-    return ("/samples/EPOCH", fields | {"epoch": epoch}) if folder == "/samples" else (url.path, fields)
+    return ("/samples/EPOCH", given | {"epoch": epoch}) if folder == "/samples" else (url.path, given)
 
 
 def read_json(body: bytes) -> dict:
@@ -3075,10 +2737,10 @@ def data_url(image: Image.Image, kind: str = "PNG") -> str:
 class Route:
     """What answers a path: the method of Site that this decorates. It gets the asked checkpoint's Model and the fields,
     parsed (None: taken as they are), and returns a Response, a dictionary (JSON) or a picture (PNG). `heavy`: it takes
-    a second of all cores."""
+    a second of all cores, and the others do not wait for it."""
 
-    def __init__(self, path: str, method: str = "GET", heavy: bool = False, **fields: Callable | None):
-        self.method, self.heavy, self.fields = method, heavy, fields
+    def __init__(self, path: str, method: str = "GET", heavy: bool = False, **parsers: Callable | None):
+        self.method, self.heavy, self.parsers = method, heavy, parsers
         ROUTES[path] = self
 
     def __call__(self, answer: Callable) -> Callable:
@@ -3089,45 +2751,29 @@ class Route:
 ROUTES: dict[str, Route] = {}
 
 
-class Model:
-    """A checkpoint's generator and what is known of it. Faces that are asked for at one moment share a forward pass, in
-    float32, so that they are those of an exported page: one takes 1.3 times as long as in bf16."""
+class Model(NamedTuple):
+    """A checkpoint's generator and what is known of it."""
+    generator: Generator
+    facts: dict
 
-    def __init__(self, generator: Generator, facts: dict):
-        self.generator, self.facts, self.size = generator, facts, facts["image_size"]
-        self.lock, self.thread = threading.Lock(), ThreadPoolExecutor(1)
-        self.waiting: list[Tensor] = []  # for the next forward pass
-        self.drawn: Future[list[Image.Image]]  # what it will draw
-
-    def draw(self, z: Tensor) -> Image.Image:
-        """The picture of one latent vector (128,), whatever thread asks."""
-        with self.lock:
-            if not self.waiting:
-                self.drawn = self.thread.submit(self.draw_waiting)
-            drawn, place = self.drawn, len(self.waiting)
-            self.waiting.append(z)
-        return drawn.result()[place]
-
-    def draw_waiting(self) -> list[Image.Image]:
-        """The pictures of all that wait by now."""
-        with self.lock:
-            group, self.waiting = self.waiting, []
-        return pictures(draw(self.generator, torch.stack(group), chunk=32, precision="fp32"))
+    @property
+    def size(self) -> int:
+        return self.facts["image_size"]
 
 
 class Site:
-    """What the server offers of one run: the page, its checkpoints and what they draw. Knows no sockets."""
+    """What the server offers of one run: the page, its checkpoints and what they make. Knows no sockets."""
 
     def __init__(self, run: Path, default: str | None, device: torch.device):
-        self.run, self.heavy = run, ThreadPoolExecutor(1)
-        self.default_path = find_checkpoint(run, default)
-        self.lock = threading.Lock()
+        self.run, self.default_path = run, find_checkpoint(run, default)
+        self.loading = threading.Lock()
+        self.light, self.heavy = threading.Lock(), threading.Lock()  # one of each at a time, as each uses all cores
         self.stamps: dict[Path, int] = {}
         self.read = lru_cache(4)(lambda path, stamp: Model(*load_generator(path, device)))
         self.load(self.default_path)
         self.page, self.policy = read_page()
         self.jacobian = lru_cache(2)(lambda generator, values: jacobian(generator, torch.tensor(values)))
-        self.strongest, self.neighbourhood = lru_cache(4)(strongest_directions), lru_cache(1)(Neighbourhood)
+        self.strongest, self.neighbours_of = lru_cache(4)(strongest_directions), lru_cache(1)(NearestFaces)
 
     def checkpoints(self) -> dict[str, Path]:
         """Name -> file of what can be asked for. Names are looked up here, never joined into paths."""
@@ -3139,7 +2785,7 @@ class Site:
 
     def load(self, path: Path) -> Model:
         """A checkpoint, read again when its file changed; the last few are kept."""
-        with self.lock:
+        with self.loading:
             with suppress(FileNotFoundError):  # between the two renames of a save; what was read before still stands
                 self.stamps[path] = path.stat().st_mtime_ns
             return self.read(path, self.stamps[path])
@@ -3155,8 +2801,8 @@ class Site:
             if found is None:
                 raise BadRequest(404, "no such page: the README lists those that there are")
             if method == "POST":
-                asked |= {"photo": body} if "photo" in found.fields else read_json(body)
-            return self.heavy.submit(self.answer, found, asked).result() if found.heavy else self.answer(found, asked)
+                asked |= {"photo": body} if "photo" in found.parsers else read_json(body)
+            return self.answer(found, asked)
         except BadRequest as error:
             return error.response
         except Exception as error:  # a fault of ours: no details to the client, one line for the operator
@@ -3171,12 +2817,13 @@ class Site:
         if which not in [*known]:  # it may be anything that JSON can say
             raise BadRequest(404, f"no checkpoint {str(which)[:20]!a}: see /api/model")
         model, values = self.load(known[which]), {}
-        for name, parse in found.fields.items():
+        for name, parse in found.parsers.items():
             try:
                 values[name] = parse(asked.get(name), model.size) if parse else asked.get(name)
             except ValueError as error:
                 raise BadRequest(400, f"{name}: {error}") from None
-        answer = getattr(self, found.answer)(model, **values)
+        with self.heavy if found.heavy else self.light:
+            answer = getattr(self, found.answer)(model, **values)
         if isinstance(answer, dict):
             return Response(200, "application/json", json.dumps(answer).encode())
         return answer if isinstance(answer, Response) else Response(200, "image/png", png_bytes(answer))
@@ -3186,16 +2833,17 @@ class Site:
         policy = f"{self.policy}; connect-src 'self'; frame-ancestors 'none'"
         return Response(200, "text/html; charset=utf-8", self.page.encode(), (("Content-Security-Policy", policy),))
 
-    @Route("/generate", values=vector, scale=whole(1, 8, 1))
+    @Route("/generate", values=parse_vector, scale=parse_whole(1, 8, 1))
     def face(self, model: Model, values: Tensor, scale: int) -> Image.Image:
-        return ImageOps.scale(model.draw(values), scale)
+        """One face, in float32 so that it is that of an exported page."""
+        return ImageOps.scale(pictures(sample_images(model.generator, values[None], precision="fp32"))[0], scale)
 
-    @Route("/api/faces", "POST", vectors=vectors(1, 64), scale=whole(1, 8, 1))
+    @Route("/api/faces", "POST", vectors=parse_vectors(1, 64), scale=parse_whole(1, 8, 1))
     def faces(self, model: Model, vectors: Tensor, scale: int) -> Image.Image:
-        """Many faces side by side, drawn in one pass."""
+        """Many faces side by side, made in one pass."""
         if len(vectors) * scale > 256:
             raise BadRequest(400, "so many faces at this scale are too large: their product is at most 256")
-        return ImageOps.scale(grid_image(draw(model.generator, vectors), len(vectors), 0), scale)
+        return ImageOps.scale(grid_image(sample_images(model.generator, vectors), len(vectors), 0), scale)
 
     @Route("/api/model")
     def model(self, model: Model) -> dict:
@@ -3222,7 +2870,7 @@ class Site:
         return {"epochs": list(self.grids()), "best": self.load(best).facts["epoch"] if best else None, "columns": 10,
                 "rows": 10, "tile": model.size, "gap": 2}
 
-    @Route("/samples/EPOCH", epoch=whole(0, 9999))
+    @Route("/samples/EPOCH", epoch=parse_whole(0, 9999))
     def grid(self, model: Model, epoch: int) -> Response:
         if epoch not in self.grids():
             raise BadRequest(404, "no grid of that epoch: see /api/samples")
@@ -3236,7 +2884,7 @@ class Site:
                 for line in part[::-1][::math.ceil(len(part) / 500) or 1]}
         return {"lines": [kept[epoch] for epoch in sorted(kept)]}
 
-    @Route("/api/timelapse", heavy=True, face=whole(0, 100, 100))
+    @Route("/api/timelapse", heavy=True, face=parse_whole(0, 100, 100))
     def timelapse(self, model: Model, face: int) -> Response:
         """The sample grids, or one face of them, as a film over the epochs."""
         paths, cell, frames = list(self.grids().values()), model.size + 2, []
@@ -3250,21 +2898,17 @@ class Site:
             raise BadRequest(404, "training wrote no sample grids here")
         return Response(200, "image/webp", webp_bytes(frames, 100))
 
-    @Route("/api/film", "POST", heavy=True, vectors=vectors(2, MAX_FILM_FACES), scale=whole(1, 4, 2), loop=None)
+    @Route("/api/film", "POST", heavy=True, vectors=parse_vectors(2, MAX_FILM_FACES), scale=parse_whole(1, 4, 2),
+           loop=None)
     def film(self, model: Model, vectors: Tensor, scale: int, loop) -> Response:
-        images = pictures(draw(model.generator, film(vectors, loop=loop is True)))
+        images = pictures(sample_images(model.generator, interpolate(vectors, loop=loop is True)))
         return Response(200, "image/webp", webp_bytes([ImageOps.scale(image, scale) for image in images]))
 
     @Route("/api/directions", heavy=True)
     def directions(self, model: Model) -> dict:
-        return {"directions": describe_directions(self.run, *self.strongest(model.generator))}
+        return {"directions": describe_directions(*self.strongest(model.generator))}
 
-    @Route("/api/directions/name", "POST", heavy=True, index=whole(0, 9), name=label)
-    def rename(self, model: Model, index: int, name: str) -> dict:
-        name_direction(self.run, self.strongest(model.generator)[0][index], name)
-        return self.directions(model)
-
-    @Route("/api/regions", "POST", heavy=True, values=vector)
+    @Route("/api/regions", "POST", heavy=True, values=parse_vector)
     def regions(self, model: Model, values: Tensor) -> dict:
         """The face as the network divides it, and each region's name and sliders."""
         slopes = self.jacobian(model.generator, tuple(values.tolist()))
@@ -3274,16 +2918,16 @@ class Site:
                 "regions": [{"name": name, "sliders": describe_sliders(slopes, mask)}
                             for name, mask in zip(name_regions(masks), masks)]}
 
-    @Route("/api/region", "POST", heavy=True, values=vector, mask=mask)
+    @Route("/api/region", "POST", heavy=True, values=parse_vector, mask=parse_mask)
     def region(self, model: Model, values: Tensor, mask: Tensor) -> dict:
         return {"sliders": describe_sliders(self.jacobian(model.generator, tuple(values.tolist())), mask)}
 
-    @Route("/api/paint", "POST", heavy=True, values=vector, target=picture, mask=mask)
+    @Route("/api/paint", "POST", heavy=True, values=parse_vector, target=parse_picture, mask=parse_mask)
     def paint(self, model: Model, values: Tensor, target: Tensor, mask: Tensor) -> dict:
         return self.fitted(model.generator, values, target, mask + KEEP_REST)
 
-    @Route("/api/invert", "POST", heavy=True, target=picture,
-           values=lambda value, size: None if value is None else vector(value, size))
+    @Route("/api/invert", "POST", heavy=True, target=parse_picture,
+           values=lambda value, size: None if value is None else parse_vector(value, size))
     def invert(self, model: Model, values: Tensor | None, target: Tensor) -> dict:
         """One step to the face that is most like a target."""
         weights = face_weights(model.size)
@@ -3296,7 +2940,7 @@ class Site:
         before, now = distances_to(target, generator(torch.stack([z, better])), weights).tolist()
         return {"values": tidy(better), "distance": round(now, 3), "done": before - now < FIT_DONE}
 
-    @Route("/api/photo", "POST", heavy=True, photo=upload, box=square)
+    @Route("/api/photo", "POST", heavy=True, photo=parse_photo, box=parse_square)
     def photo(self, model: Model, photo: Image.Image, box: Box | None) -> dict:
         """The faces in a photo, or what lies in the box, cut out as targets of /api/invert."""
         boxes, note, (width, height) = [box] if box else [], "", photo.size
@@ -3309,124 +2953,112 @@ class Site:
         elif not (0 <= box[0] + box[2] <= 2 * width and 0 <= box[1] + box[3] <= 2 * height
                   and box[2] - box[0] <= 2 * max(photo.size)):
             raise BadRequest(400, "box: its middle is not in the photo")
-        faces = [{"box": list(box), "target": data_url(Image.fromarray(cut(photo, box, model.size)))} for box in boxes]
+        faces = [{"box": list(one), "target": data_url(Image.fromarray(crop_square(photo, one, model.size)))}
+                 for one in boxes]
         photo.thumbnail((1000, 1000))
         return {"width": width, "height": height, "picture": data_url(photo, "JPEG"), "faces": faces, "note": note}
 
-    @Route("/api/neighbours", "POST", heavy=True, values=vector)
+    @Route("/api/neighbours", "POST", heavy=True, values=parse_vector)
     def neighbours(self, model: Model, values: Tensor) -> dict:
         """The training faces most like a face, in the judge's features."""
         try:
-            known = self.neighbourhood(model.facts["data"])
+            known = self.neighbours_of(model.facts["data"])
         except UserError as error:
             raise BadRequest(404, f"the training faces are not there: {one_line(error)}") from None
-        distances, which = known.nearest(draw(model.generator, values[None]))
+        distances, which = known.nearest(sample_images(model.generator, values[None]))
         return {"picture": data_url(grid_image(known.images[which[0]], 5, 0)), "typical": known.typical,
                 "distances": [round(distance, 3) for distance in distances[0].tolist()]}
 
 
-def read_head(head: bytes) -> tuple[str, str, HTTPMessage, bool]:
-    """The head of a request: method, target, header, and whether the connection is to go on after it. BadRequest where
-    it is too large, announces too large a body or is no HTTP/1."""
-    line, _, fields = head.partition(b"\r\n")
-    if len(line) > MAX_REQUEST_LINE:
-        raise BadRequest(414, "the request line is too long")
-    try:
-        if len(fields) > MAX_HEADER_BYTES:
-            raise HTTPException
-        headers = parse_headers(io.BytesIO(fields))
-    except HTTPException:  # or too many of them
-        raise BadRequest(431, "the header is too large") from None
-    match = re.fullmatch(r"(\S+) (\S+) HTTP/1\.([01])", line.decode("latin-1"))
-    length, *more = headers.get_all("Content-Length", ["0"])
-    if (not match or not head.endswith(b"\r\n\r\n") or more or headers.defects or "Transfer-Encoding" in headers
-            or len(headers.get_all("Host", [])) != 1 or not (length.isascii() and length.isdecimal())):
-        raise BadRequest(400, "the request cannot be read")
-    most = MAX_PHOTO_BYTES if match[2].startswith("/api/photo") else MAX_BODY_BYTES
-    if len(length) > 9 or int(length) > most:
-        raise BadRequest(413, f"the body is too large: at most {most // 1_000_000} MB")
-    keep = match[3] == "1" and headers.get("Connection", "").lower() != "close"
-    return match[1], match[2], headers, keep
-
-
-class Connection(StreamRequestHandler):
-    """HTTP/1.1 with one client: one request after another."""
+class Handler(BaseHTTPRequestHandler):
+    """HTTP/1.1 with one client, one request after another."""
     server: Server
-    disable_nagle_algorithm = True
+    protocol_version = default_request_version = "HTTP/1.1"
+    server_version, sys_version = "gan.py", ""
+    timeout = 10  # seconds to wait for a client's next bytes
+    disable_nagle_algorithm, wbufsize = True, -1  # an answer is sent as one
 
-    def handle(self) -> None:
-        self.received = bytearray()
-        if not self.server.places.acquire(blocking=False):
-            return self.send(BadRequest(503, "busy", ("Retry-After", "1")).response, keep=False)
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith("do_"):  # whatever the method: the Site knows which it answers
+            return self.exchange
+        raise AttributeError(name)
+
+    def exchange(self) -> None:
+        """Answer one request."""
         try:
-            while self.exchange():
-                pass
+            body = self.read_body()
         except BadRequest as error:
-            self.send(error.response, keep=False)
-            self.connection.shutdown(socket.SHUT_WR)
-            self.receive(self.received.clear)  # to the end: a client that still sends would not see the answer
-        finally:
-            self.server.places.release()
+            return self.refuse(error)
+        self.send(self.server.site.respond(self.command, self.path, body))
 
-    def exchange(self) -> bool:
-        """Answer one request. Returns whether the connection goes on; BadRequest where it cannot."""
-        self.receive(lambda: b"\r\n\r\n" in self.received or len(self.received) > MAX_REQUEST_LINE + MAX_HEADER_BYTES)
-        if not self.received:
-            return False
-        head, end, self.received = self.received.partition(b"\r\n\r\n")
-        method, target, headers, keep = read_head(bytes(head + end))
-        host = headers["Host"]
-        page = headers.get("Origin", host).removeprefix("http://")  # what no page asks has no Origin
+    def read_body(self) -> bytes:
+        """The body of a request. BadRequest where it is not from our own page, is too large or cannot be told."""
+        host = self.headers.get("Host", "")
+        page = self.headers.get("Origin", host).removeprefix("http://")  # what no page asks has no Origin
         if not (self.server.is_own_name(host) and self.server.is_own_name(page)):
             raise BadRequest(403, "this server answers to its own name and page alone (Host and Origin headers)")
-        length = int(headers.get("Content-Length", 0))
-        with self.server.large if length > MAX_BODY_BYTES else nullcontext():
-            if headers.get("Expect", "").lower() == "100-continue":
-                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.receive(lambda: len(self.received) >= length)
-            if len(self.received) < length:
-                return False
-            body, self.received = bytes(self.received[:length]), self.received[length:]
-            response = self.server.site.respond(method, target, body)
-        self.send(response, keep, head=method == "HEAD")
-        return keep
+        length, *more = self.headers.get_all("Content-Length", ["0"])
+        if more or "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdecimal()):
+            raise BadRequest(400, "the length of the body cannot be read")
+        most = MAX_PHOTO_BYTES if self.path.startswith("/api/photo") else MAX_BODY_BYTES
+        if len(length) > 9 or int(length) > most:
+            raise BadRequest(413, f"the body is too large: at most {most // 1_000_000} MB")
+        self.wfile.flush()  # "100 Continue", for which some clients wait
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise BadRequest(400, "the body breaks off")
+        return body
 
-    def receive(self, enough: Callable) -> None:
-        """Add to `received` until that is enough or the client sends no more. TimeoutError after REQUEST_SECONDS."""
-        deadline = time.monotonic() + REQUEST_SECONDS
-        while not enough():
-            self.connection.settimeout(max(deadline - time.monotonic(), 0.001))  # 0 would mean not to wait
-            part = self.connection.recv(65536)
-            if not part:
-                return
-            self.received += part
+    def refuse(self, error: BadRequest) -> None:
+        """Answer what cannot be read and end the connection; take in what is still sent, or the client would not see
+        the answer."""
+        self.close_connection = True
+        self.send(error.response)
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_WR)
+        left = 2 * MAX_PHOTO_BYTES
+        while left > 0 and (part := self.rfile.read1(65536)):
+            left -= len(part)
 
-    def send(self, response: Response, keep: bool, head: bool = False) -> None:
-        """Send a response, only its header where `head`. TimeoutError after REQUEST_SECONDS."""
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server cannot read, as one line and never as a fault of ours."""
+        self.refuse(BadRequest(code if code < 500 else 400, ascii(message or HTTPStatus(code).phrase)[1:-1][:200]))
+
+    def send(self, response: Response) -> None:
+        """Send a response, to HEAD its header alone."""
         headers = {"Content-Type": response.kind, "Content-Length": str(len(response.body)),
                    "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
                    "Content-Security-Policy": "default-src 'none'",
-                   **({} if keep else {"Connection": "close"}), **dict(response.headers)}
-        lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
-                 *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-        self.connection.settimeout(REQUEST_SECONDS)
-        self.connection.sendall("\r\n".join(lines).encode() + (b"" if head else response.body))
+                   "Connection": "close" if self.close_connection else "keep-alive", **dict(response.headers)}
+        self.send_response(response.status)
+        for header in headers.items():
+            self.send_header(*header)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(response.body)
+
+    def log_message(self, format: str, *arguments) -> None:
+        """Nothing: a slider's thousand requests are no news."""
 
 
-class Server(ThreadingTCPServer):
+class Server(ThreadingHTTPServer):
     """A Site's HTTP server, a thread a connection. OSError where it cannot listen."""
-    daemon_threads = True
     request_queue_size = 128
-    allow_reuse_address = os.name == "posix"  # Windows would let two servers share a port
+    allow_reuse_address, allow_reuse_port = os.name == "posix", False  # or two servers could share a port
 
     def __init__(self, site: Site, host: str, port: int):
         self.site, self.host = site, host
-        self.places = threading.Semaphore(MAX_CONNECTIONS)
-        self.large = threading.Semaphore(2)  # photos in memory at once
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Connection)
-        self.port = self.server_address[1]
+        super().__init__((host, port), Handler)
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
+
+    def server_bind(self) -> None:  # HTTPServer's looks up the host's name, which can take seconds
+        TCPServer.server_bind(self)
+        self.port = self.server_address[1]
+
+    def verify_request(self, request, client_address) -> bool:
+        """Whether there is a thread left for this connection; else it is closed."""
+        return threading.active_count() < MAX_THREADS
 
     def is_own_name(self, host: str) -> bool:
         """Whether a Host header names this server. A page elsewhere whose name was pointed here is refused (DNS
@@ -3460,7 +3092,8 @@ def serve(settings: EvalSettings) -> int:
         if settings.host not in ("127.0.0.1", "localhost", "::1"):
             say(f"warning: anyone who can reach {settings.host} can use this server")
         model = site.load(site.default_path)
-        site.heavy.submit(jacobian, model.generator, torch.zeros(LATENT_SIZE))  # the first takes torch longer
+        first = "POST", "/api/regions", json.dumps({"values": [0] * LATENT_SIZE}).encode()  # takes torch longer
+        threading.Thread(target=site.respond, args=first, daemon=True).start()
         say(f"faces of {site.default_path} (epoch {model.facts['epoch']}) at {server.url} (Ctrl-C ends)")
         server.serve_forever()
     return 0
@@ -3478,7 +3111,7 @@ class PrepareSettings:
     """Settings of `prepare`."""
     dataset: str | None = setting(None, "photos: a folder, .zip, .tar or .tgz (default "
                                   "dataset/lfwpeople/lfw_funneled)", metavar="PATH")
-    demo: bool = setting(False, "draw faces instead of reading photos: nothing to download, nobody's photo")
+    demo: bool = setting(False, "make cartoon faces in the place of photos: nothing to download, nobody's photo")
     download: bool = setting(False, "fetch the Kaggle dataset atulanandjha/lfwpeople (needs: pip install kagglehub)")
     data: str = setting("data", "folder to write the dataset to", metavar="DIR")
     size: int = setting(80, "side of a face in pixels", one_of(*image_sizes()), "PIXELS")
@@ -3502,7 +3135,7 @@ class RunSettings:
 @dataclass(frozen=True)
 class GenerateSettings(RunSettings):
     """Settings of `generate`."""
-    count: int = setting(100, "faces to draw", between(1, 10**6), "N")
+    count: int = setting(100, "faces to make", between(1, 10**6), "N")
     out: str | None = setting(None, "folder for the PNG files (default RUN/generated)", metavar="DIR")
     seed: int = setting(0, "seed of the latent vectors", between(0, 2**31 - 1), "N")
     min_abs: float = setting(0.0, "keep each number of z at least this far from 0", between(0.0, 3.0, float), "A")
@@ -3567,33 +3200,30 @@ def command_prepare(settings: PrepareSettings) -> int:
         f"{settings.data}/faces.png, then `gan.py train`")
     told = "".join(f", {files[key]:,} {words}" for key, words in FATES.items() if files[key])
     say(f"{manifest['photos_found']:,} photos found{told.replace(',', ':', 1)}{unread_text(files['not_read'])}")
-    seen = manifest["crops_with_face"]
-    if seen is not None and seen < 0.5:
-        say(f"warning: {seen:.0%} of the first crops show a face: --crop face finds them wherever they are")
     if manifest["count"] < FEW_FACES:
         say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES} the generator learns them by "
             "heart")
     return 0
 
 
-def judge(settings: JudgeSettings) -> int:
-    """Judge checkpoints of a run and print a line each. Returns the exit code."""
+def command_judge(settings: JudgeSettings) -> int:
+    """checkpoints -> a line of scores each"""
     run, device = find_run(settings.run), pick_device(settings.device)
     if settings.checkpoint == "all":
         paths = [*kept_checkpoints(run).values(), run / "best.pt", run / "last.pt"]
         paths = [path for path in paths if path.exists()]
     else:
         paths = [find_checkpoint(run, settings.checkpoint)]
-    jury, lines = None, []
+    judge, lines = None, []
     for path in paths:
         generator, facts = load_generator(path, device)
-        if jury is None:
+        if judge is None:
             data = Path(settings.data or facts["data"])
-            jury = Judge(load_faces(data)[0], load_faces(data, "held_out")[0], device)
+            judge = Judge(load_faces(data)[0], load_faces(data, "held_out")[0], device)
             if not settings.json:
-                say(f"{jury.count} drawn faces against as many of {data} that were held out")
+                say(f"{judge.count} generated faces against as many of {data} that were held out")
                 say(f"{'checkpoint':14s}{'epoch':>7s}" + "".join(f"{name:>13s}" for name in SCORES))
-        scores = jury.score(draw(generator, draw_latents(jury.count, settings.seed)))
+        scores = judge.score(sample_images(generator, sample_latents(judge.count, settings.seed)))
         lines.append({"checkpoint": str(path), "epoch": facts["epoch"], **scores})
         if not settings.json:
             say(f"{path.stem:14s}{facts['epoch']:7d}" + "".join(f"{scores[name]:13.3f}" for name in SCORES))
@@ -3612,13 +3242,13 @@ def command_invert(settings: InvertSettings) -> int:
     size, boxes = facts["image_size"], find_faces(image)
     if not boxes:
         raise UserError(f"no face found in {settings.photo}: the page of `gan.py eval` lets you show where it is")
-    target = to_face(torch.from_numpy(cut(image, boxes[0], size).copy())).permute(2, 0, 1)
+    target = to_face(torch.from_numpy(crop_square(image, boxes[0], size).copy())).permute(2, 0, 1)
     z = torch.zeros(LATENT_SIZE)
-    for step, (better, distance) in enumerate(fits(generator, target, face_weights(size)), 1):
+    for step, (better, distance) in enumerate(fit_photo(generator, target, face_weights(size)), 1):
         z = better
         say(f"step {step}: {distance:.1f} grey levels from the photo")
     written = (json.dumps(tidy(z)).encode() if settings.out.endswith(".json")
-               else png_bytes(pictures(draw(generator, z[None], precision="fp32"))[0]))
+               else png_bytes(pictures(sample_images(generator, z[None], precision="fp32"))[0]))
     atomic_write(Path(settings.out), written)
     say(f"the face most like the largest one in {settings.photo} is in {settings.out}")
     return 0
@@ -3634,7 +3264,7 @@ def command_export(settings: ExportSettings) -> int:
     if file.suffix == ".onnx":
         written = export_onnx(generator, facts)
     else:
-        written = export_page(generator, facts, describe_directions(run, *strongest_directions(generator)))
+        written = export_page(generator, facts, describe_directions(*strongest_directions(generator)))
     atomic_write(file, written)
     say(f"{path} (epoch {facts['epoch']}) in {file}, {len(written) / 1e6:.1f} MB")
     return 0
@@ -3644,7 +3274,7 @@ DEMO_EPOCHS = 12  # of the demo, whose faces are small: three minutes on two cor
 
 
 def command_demo(settings: DemoSettings) -> int:
-    """drawn faces -> a few minutes of training at most -> page"""
+    """cartoon faces -> a few minutes of training at most -> page"""
     data, run = str(DEMO_RUN / "data"), str(DEMO_RUN)
     if not read_manifest(Path(data)):
         command_prepare(PrepareSettings(demo=True, data=data, size=48))
@@ -3655,12 +3285,12 @@ def command_demo(settings: DemoSettings) -> int:
 COMMANDS: dict[str, tuple[type, Callable, str]] = {
     "prepare": (PrepareSettings, command_prepare, "turn photos into a dataset"),
     "train": (TrainSettings, train, "train a GAN; the same command goes on where it stopped"),
-    "judge": (JudgeSettings, judge, "measure how near a run's faces are to real ones"),
-    "generate": (GenerateSettings, generate, "draw faces into PNG files"),
-    "invert": (InvertSettings, command_invert, "find the face that a network draws most like a photo's"),
+    "judge": (JudgeSettings, command_judge, "measure how near a run's faces are to real ones"),
+    "generate": (GenerateSettings, generate, "make faces, as PNG files"),
+    "invert": (InvertSettings, command_invert, "find the face of a network that is most like a photo's"),
     "export": (ExportSettings, command_export, "write the network into one file to give away"),
     "eval": (EvalSettings, serve, "make faces with sliders in the browser"),
-    "demo": (DemoSettings, command_demo, "try it all on drawn faces, in a few minutes")}
+    "demo": (DemoSettings, command_demo, "try it all on cartoon faces, in a few minutes")}
 
 
 class OneLineParser(argparse.ArgumentParser):

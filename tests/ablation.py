@@ -5,12 +5,14 @@ core each, and judges 1,000 faces of the last weights and of weights averaged in
 Recipes that did not help, so that gan.py does not have them, are written here as patches of it. Asked again, it makes
 only what --out lacks and prints the table; a dozen minutes for two runs on two cores with bf16."""
 import argparse
+import copy
 import json
 import os
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from statistics import mean
 
@@ -24,37 +26,33 @@ import gan  # noqa: E402
 RAMPS = (0.1, 0.2, 0.4)  # half-lives of averages, as shares of the images seen
 
 
-class Pair(gan.Pair):
+class Trainer(gan.Trainer):
     """Keeps an average of the generator's weights for each of RAMPS."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.averages = {f"averaged {ramp}": (ramp, gan.copy.deepcopy(self.generator)) for ramp in RAMPS}
+        self.averages = {ramp: copy.deepcopy(self.generator) for ramp in RAMPS}
+        self.networks |= {f"averaged {ramp}": network for ramp, network in self.averages.items()}
 
-    def networks(self):
-        return super().networks() | {name: network for name, (_, network) in getattr(self, "averages", {}).items()}
-
-    def count(self, images, turn):
-        since = self.progress.averaged_at
-        super().count(images, turn)
-        if turn == "generator":
-            for ramp, network in self.averages.values():
-                seen = self.progress.images_seen
-                gan.move_average(network, self.generator, (seen - since) / (ramp * seen))
+    def move_average(self):
+        usual, since = {gan.AVERAGE_HALF_LIFE: self.averaged}, self.progress.averaged_at
+        for ramp, network in (self.averages | usual).items():  # the usual one last, so that all is as it was
+            gan.AVERAGE_HALF_LIFE, self.averaged, self.progress.averaged_at = ramp, network, since
+            super().move_average()
 
 
 def decay(images: int):
     """Learning rates fall with the square root of the images seen, from so many on."""
     def patch():
-        train_on = Pair.train_on
+        train_minibatch = Trainer.train_minibatch
 
         def decaying(self, real):
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
                     first = group.setdefault("first_rate", group["lr"])
                     group["lr"] = first * min(1, (images / max(1, self.progress.images_seen)) ** 0.5)
-            return train_on(self, real)
-        Pair.train_on = decaying
+            train_minibatch(self, real)
+        Trainer.train_minibatch = decaying
     return patch
 
 
@@ -69,52 +67,38 @@ def unmirrored():
     gan.TrainingFaces.epoch = turned_back
 
 
-def augmented(x: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+def augmented(x: torch.Tensor) -> torch.Tensor:
     """Colour, translation and cutout (arXiv 2006.10738), differentiable, other ones for each face (N, 3, S, S)."""
-    count, _, side, _ = x.shape
+    number, _, side, _ = x.shape
 
-    def uniform(*shape):
-        return torch.rand(*shape, generator=random).to(x.dtype)
-    x = x + uniform(count, 1, 1, 1) - 0.5
+    def uniform():
+        return torch.rand(number, 1, 1, 1).to(x.dtype)
+    x = x + uniform() - 0.5
     grey = x.mean(1, keepdim=True)
-    x = (x - grey) * 2 * uniform(count, 1, 1, 1) + grey
+    x = (x - grey) * 2 * uniform() + grey
     level = x.mean((1, 2, 3), keepdim=True)
-    x = (x - level) * (0.5 + uniform(count, 1, 1, 1)) + level
+    x = (x - level) * (0.5 + uniform()) + level
     shift = side // 8
     padded = F.pad(x, (shift,) * 4)
-    places = torch.randint(0, 2 * shift + 1, (count, 2), generator=random).tolist()
+    places = torch.randint(0, 2 * shift + 1, (number, 2)).tolist()
     x = torch.stack([face[:, top:top + side, left:left + side] for face, (top, left) in zip(padded, places)])
-    hole = torch.ones(count, 1, side, side, dtype=x.dtype)
-    for mask, (top, left) in zip(hole, torch.randint(-side // 4, 3 * side // 4, (count, 2), generator=random).tolist()):
+    hole = torch.ones(number, 1, side, side, dtype=x.dtype)
+    for mask, (top, left) in zip(hole, torch.randint(-side // 4, 3 * side // 4, (number, 2)).tolist()):
         mask[:, max(top, 0):top + side // 2, max(left, 0):left + side // 2] = 0
     return (x * hole).contiguous(memory_format=torch.channels_last)
 
 
 def augment():
     """The discriminator sees nothing but augmented faces."""
-    def measure(self, generator_may_train=True):
-        with self.autocast():
-            with torch.set_grad_enabled(generator_may_train):
-                self.fake = augmented(self.generator(self.z), self.random)
-            self.real.copy_(augmented(self.real, self.random))
-            real, fake = self.discriminator(self.real.to(self.fake.dtype)), self.discriminator(self.fake)
-        self.losses = {"discriminator": self.objective.discriminator_loss(real, fake),
-                       "generator": self.objective.generator_loss(fake)}
-        with torch.no_grad():
-            torch.stack([*self.objective.accuracies(real, fake), *self.losses.values()], out=self.row[:4])
-    Pair.measure = measure
+    forward = gan.DetailBoost.forward
+    gan.DetailBoost.forward = lambda self, x: forward(self, augmented(x))
 
 
 def lazy_penalty(every: int):
     """The gradient penalty at each `every`-th discriminator update, as many times as heavy."""
     def patch():
-        update, penalty = Pair.update, gan.WGANGP.penalty
-
-        def lazily(self, turn, keep_graph=False):
-            gan.WGANGP.due = self.progress.discriminator_updates % every == 0
-            update(self, turn, keep_graph)
-        Pair.update = lazily
-        gan.WGANGP.penalty = lambda self, *a: every * penalty(self, *a) if self.due else a[1].new_zeros(())
+        penalty, updates = gan.WGANGP.penalty, count()
+        gan.WGANGP.penalty = lambda self, *a: a[1].new_zeros(()) if next(updates) % every else every * penalty(self, *a)
     return patch
 
 
@@ -127,7 +111,7 @@ def sparse_penalty(every: int):
 
 
 def normalised_z():
-    """Latent vectors scaled to the length that most have, √128: those with many numbers near 0 draw faces like any."""
+    """Latent vectors scaled to the length that most have, √128: those with many numbers near 0 make faces like any."""
     forward = gan.Generator.forward
     gan.Generator.forward = lambda self, z: forward(self, z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8))
 
@@ -137,14 +121,14 @@ def no_bias():
     gan.Bias = lambda *shape: torch.nn.Identity()
 
 
-def quiet():
-    """The critic hears fine detail as it is."""
-    gan.WGANGP.boost = gan.Objective.boost
+def plain_detail():
+    """The critic sees fine detail as it is."""
+    gan.WGANGP.detail_gain = gan.Objective.detail_gain
 
 
-def loud():
-    """The boost of fine detail stays where it has risen to."""
-    gan.WGANGP.boost = lambda self, images_seen: min(1.0, max(0.0, (images_seen - 10_000) / 30_000))
+def lasting_detail():
+    """Fine detail stays raised as high as it has risen."""
+    gan.WGANGP.detail_gain = lambda self, images_seen: min(1.0, max(0.0, (images_seen - 10_000) / 30_000))
 
 
 def unfiltered():
@@ -152,81 +136,20 @@ def unfiltered():
     gan.Blur.forward = lambda self, x: x
 
 
-class Residual(torch.nn.Module):
-    """x -> max(0, x + a 3×3 convolution of it, normalised), (N, C, H, W) -> same."""
-
-    def __init__(self, channels: int, norm):
-        super().__init__()
-        self.convolution = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = norm(channels)
-        torch.nn.init.constant_(self.norm.weight, 0.2)
-
-    def forward(self, x):
-        return F.relu(x + self.norm(self.convolution(x)))
-
-
-def deeper():
-    """A 3×3 convolution more at the second and third side in both networks: residual in the generator, plain in the
-    discriminator, where the gradient penalty goes through each layer in turn."""
-    generator, discriminator = gan.Generator.__init__, gan.Discriminator.__init__
-
-    def lengthened(layers, activation, block):
-        found, channels, seen = [], 0, 0
-        for layer in layers:
-            found.append(layer)
-            channels = getattr(layer, "out_channels", channels)
-            if isinstance(layer, activation):
-                found += block(channels) if seen in (1, 2) else []
-                seen += 1
-        return torch.nn.Sequential(*found)
-
-    def make_generator(self, *arguments):
-        generator(self, *arguments)
-        self.layers = lengthened(self.layers, torch.nn.ReLU, lambda channels: [Residual(channels, gan.BatchNorm)])
-
-    def make_discriminator(self, size, width, norm):
-        discriminator(self, size, width, norm)
-        self.layers = lengthened(self.layers, torch.nn.LeakyReLU, lambda channels: [
-            torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels), torch.nn.LeakyReLU(0.2)])
-    gan.Generator.__init__, gan.Discriminator.__init__ = make_generator, make_discriminator
-
-
-def patches():
-    """The critic adds to its score the mean of scores of places at a quarter of the side."""
-    make = gan.Discriminator.__init__
-
-    def make_both(self, *arguments):
-        make(self, *arguments)
-        self.at = [i for i, layer in enumerate(self.layers) if isinstance(layer, torch.nn.LeakyReLU)][2]
-        channels = [layer.out_channels for layer in self.layers[:self.at] if isinstance(layer, torch.nn.Conv2d)][-1]
-        self.places = gan.Score(channels, 1, 3, padding=1, bias=False)
-
-    def score(self, x):
-        middle = self.layers[:self.at + 1](x)
-        return self.layers[self.at + 1:](middle).flatten() + self.places(middle).mean((1, 2, 3))
-
-    def input_gradient(self, x):
-        x = self.louder(x).detach().requires_grad_()
-        return torch.autograd.grad(score(self, x).sum(), x, create_graph=True)[0]
-    gan.Discriminator.__init__, gan.Discriminator.input_gradient = make_both, input_gradient
-    gan.Discriminator.forward = lambda self, x: score(self, self.louder(x))
-
-
 def short_z(share: float):
-    """So many of the latent vectors are shortened, to a length uniform from 0 to their own."""
+    """In training, so many of the latent vectors are shortened, to a length uniform from 0 to their own."""
     def patch():
-        measure = Pair.measure
+        forward = gan.Generator.forward
 
-        def shortened(self, **arguments):
-            length = torch.rand(len(self.z), 1, generator=self.random)
-            self.z.mul_(torch.where(torch.rand(len(self.z), 1, generator=self.random) < share, length, 1.0))
-            return measure(self, **arguments)
-        Pair.measure = shortened
+        def shortened(self, z):
+            chosen, length = torch.rand(len(z), 1) < share, torch.rand(len(z), 1)
+            return forward(self, torch.where(chosen, length, 1.0) * z if self.training else z)
+        gan.Generator.forward = shortened
     return patch
 
 
 def r3gan(gamma: float):
-    """Relativistic pairing, zero-centred penalties on real and drawn faces (arXiv 2501.05441)."""
+    """Relativistic pairing, zero-centred penalties on real and generated faces (arXiv 2501.05441)."""
     def patch():
         scores = {}
 
@@ -238,7 +161,7 @@ def r3gan(gamma: float):
             return F.softplus(fake - real).mean()
 
         def penalty(self, discriminator, real, fake, mix):
-            gradient = discriminator.input_gradient(torch.cat((real, fake)))
+            gradient = gan.input_gradient(discriminator.layers, discriminator.detail(torch.cat((real, fake))))
             return gamma * gan.at_least_float32(gradient).flatten(1).square().sum(1).mean()  # γ/2 of either half
         gan.WGANGP.optimizer, gan.WGANGP.discriminator_loss, gan.WGANGP.penalty = optimizer, discriminator_loss, penalty
         gan.WGANGP.generator_loss = lambda self, fake: F.softplus(scores["real"] - fake).mean()
@@ -284,13 +207,11 @@ RECIPES = {
     "half, normalised z": (FIRST, [no_bias, normalised_z]),
     "half, augmented": (FIRST, [no_bias, augment]),
     "half, lazy penalty": (FIRST, [no_bias, lazy_penalty(4)]),
-    "quiet": ({}, [quiet]),
+    "plain detail": ({}, [plain_detail]),
     "unfiltered": ({}, [unfiltered]),
-    "quiet, unfiltered": ({}, [quiet, unfiltered]),
-    "deeper": ({}, [deeper]),
-    "patches": ({}, [patches]),
+    "plain detail, unfiltered": ({}, [plain_detail, unfiltered]),
     "unmirrored": ({}, [unmirrored]),
-    "loud": ({}, [loud]),
+    "lasting detail": ({}, [lasting_detail]),
     "penalty at every fifth": ({}, [sparse_penalty(5)]),
     "minibatches of 10": ({"batch_size": 10, "learning_rate": 2.8e-4}, []),
     "augmented": ({}, [augment]),
@@ -310,7 +231,7 @@ RECIPES = {
 def run_one(data: Path, folder: Path, recipe: str, seed: int, images: int, width: int) -> None:
     """Train and judge one run, in this process; write its scores to FOLDER.json."""
     settings, patches = RECIPES[recipe]
-    gan.Pair = Pair
+    gan.Trainer = Trainer
     for patch in patches:
         patch()
     faces, held_out = gan.load_faces(data)[0], gan.load_faces(data, "held_out")[0]
@@ -320,15 +241,15 @@ def run_one(data: Path, folder: Path, recipe: str, seed: int, images: int, width
                                    **settings)):
         raise SystemExit("stopped")
     state, judge, scores = gan.read_checkpoint(folder / "last.pt"), gan.Judge(faces, held_out, torch.device("cpu")), {}
-    z = gan.draw_latents(judge.count, 99)
+    z = gan.sample_latents(judge.count, 99)
     for name, weights in state["networks"].items():
         if name != "discriminator":
             generator = gan.Generator(state["image_size"], state["settings"]["width"]).eval()
             generator.load_state_dict(weights)
             gan.channels_last(generator, torch.device("cpu"))
-            scores[name] = judge.score(gan.draw(generator, z))
+            scores[name] = judge.score(gan.sample_images(generator, z))
             if name == "averaged":
-                scores["averaged, z / 4"] = judge.score(gan.draw(generator, z / 4))
+                scores["averaged, z / 4"] = judge.score(gan.sample_images(generator, z / 4))
     log = gan.read_log(folder)
     row = {"recipe": recipe, "seed": seed, "faces": len(faces), "images": state["progress"]["images_seen"],
            "discriminator_share": mean(line["discriminator_share"] for line in log),
@@ -371,10 +292,10 @@ def main() -> None:
         return run_one(arguments.data, arguments.out, arguments.one[0], int(arguments.one[1]), arguments.images,
                        arguments.width)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    count = gan.read_manifest(arguments.data)["count"]
+    faces = gan.read_manifest(arguments.data)["count"]
 
     def start(job: tuple[str, str]) -> None:
-        folder = arguments.out / re.sub(r"[^a-zA-Z0-9.]+", "-", f"{job[0]}-{count}-{arguments.images}-{job[1]}")
+        folder = arguments.out / re.sub(r"[^a-zA-Z0-9.]+", "-", f"{job[0]}-{faces}-{arguments.images}-{job[1]}")
         if Path(f"{folder}.json").exists():
             return
         common = ["--data", str(arguments.data), "--out", str(folder), "--images", str(arguments.images),

@@ -1,10 +1,10 @@
 """Measure gan.py against plain implementations:  python tests/bench.py train|prepare|serve|studio|scale [--json]
 
-    train     the balanced loop of gan.py against tests/reference.py, the same sequence of updates on both sides; then
-              a real training process for its memory and for what sampling, logging and checkpoints cost
+    train     of each GAN, gan.py's minibatches against tests/reference.py's, the same sequence of updates on both
+              sides; then a real training process for its memory and for what sampling, logging and checkpoints cost
     prepare   photos to a dataset against one process that decodes and packs float32 with gzip's level 9
     serve     faces over HTTP against a plain server: one client, then 32 at once; how long a touch and a photo take; in
-              Chromium, pictures a second while a slider moves, and what an exported page draws (--run for a real run)
+              Chromium, pictures a second while a slider moves, and what an exported page makes (--run for a real run)
     studio    on a real run (--run, --data): do a region's sliders leave the rest alone, do photos find their likeness
     scale     what ranks send one another in an update, measured; and by arithmetic what that means for many GPUs
 
@@ -74,7 +74,9 @@ class Scripted:
     def decided(self) -> bool:
         return self.taken % len(TURNS) in range(2, len(TURNS), 2)
 
-    def choose(self, *accuracies) -> str:
+    def choose(self, accuracy, _) -> str:
+        if not self.decided:
+            float(accuracy)  # waits for a GPU as others do
         self.taken += 1
         return TURNS[(self.taken - 1) % len(TURNS)]
 
@@ -89,9 +91,9 @@ class ScriptedReference(reference.Reference):
         self.balance = Scripted()
 
     def accuracies(self, real, fake):
-        (real[:, None] > fake).float().mean().item(), (fake >= real.mean()).float().mean().item()
+        accuracies = (real[:, None] > fake).float().mean().item(), (fake >= real.mean()).float().mean().item()
         self.discriminator_left = 0
-        return (0, 1) if self.balance.choose() == "discriminator" else (1, 0)
+        return (0, 1) if self.balance.choose(*accuracies) == "discriminator" else (1, 0)
 
 
 def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
@@ -114,50 +116,61 @@ def wait(device: torch.device) -> None:
 
 
 def bench_train(options) -> dict:
+    models = [options.model] if options.model else list(gan.OBJECTIVES)
+    return {model: images_a_second(model, options) for model in models} | whole_training(options)
+
+
+def images_a_second(model: str, options) -> dict:
+    """Of gan.py and of the plain loop, and what share of the processor's arithmetic the first uses."""
     device, size = gan.pick_device(options.device), 80
-    pair = gan.Pair(gan.TrainSettings(model=options.model, precision=options.precision), size, device)
-    plain = ScriptedReference(options.model, size, device)
+    settings = gan.TrainSettings(model=model, precision=options.precision)
+    trainer, plain = gan.Trainer(settings, size, device), ScriptedReference(model, size, device)
     real = torch.rand(20, 3, size, size, device=device) * 2 - 1
-    pair.balance, ours = Scripted(), real.contiguous(memory_format=torch.channels_last)
+    trainer.balance, ours = Scripted(), real.contiguous(memory_format=torch.channels_last)
 
     def fast_cycle() -> None:
         for _ in TURNS:
-            pair.train_on(ours)
+            trainer.train_minibatch(ours)
         wait(device)
 
     def plain_cycle() -> None:
         for _ in TURNS:
-            plain.train_on(real, torch.randn(20, 128, device=device), lambda: torch.rand(20, device=device))
+            plain.train_minibatch(real, torch.randn(20, 128, device=device), lambda: torch.rand(20, device=device))
         wait(device)
 
-    warm_up = gan.Pair(gan.TrainSettings(model=options.model, precision=options.precision), size, torch.device("cpu"))
-    with FlopCounterMode(display=False) as counter:
-        warm_up.balance, on_cpu = Scripted(), ours.cpu()
-        for _ in TURNS:
-            warm_up.train_on(on_cpu)
-    dtype = torch.bfloat16 if pair.precision == "bf16" else torch.float32
-    found = {"model": options.model, "precision": pair.precision, "threads": torch.get_num_threads(),
-             "torch": torch.__version__,
+    dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float32
+    found = {"precision": trainer.precision, "threads": torch.get_num_threads(), "torch": torch.__version__,
              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     seconds = alternate({"plain": plain_cycle, "gan.py": fast_cycle}, options.rounds)
     found |= summary(seconds, 20 * len(TURNS), "images")
-    speed, peak = counter.get_total_flops() / statistics.median(seconds["gan.py"]), matrix_peak(dtype, device)
+    flops = len(TURNS) * flops_of_a_minibatch(settings)
+    speed, peak = flops / statistics.median(seconds["gan.py"]), matrix_peak(dtype, device)
     found |= {"GFLOP/s": round(speed / 1e9), "matrix peak GFLOP/s": round(peak / 1e9),
               "share of peak": round(speed / peak, 2)}
     if device.type == "cuda":
         found["peak device MiB of both"] = torch.cuda.max_memory_allocated() >> 20
-    return found | whole_training(options)
+    return found
+
+
+def flops_of_a_minibatch(settings: gan.TrainSettings) -> float:
+    """FLOPs of 20 faces of 80×80 pixels, the mean over TURNS, counted on the CPU."""
+    trainer = gan.Trainer(settings, 80, torch.device("cpu"))
+    trainer.balance, real = Scripted(), torch.rand(20, 3, 80, 80).contiguous(memory_format=torch.channels_last)
+    with FlopCounterMode(display=False) as counter:
+        for _ in TURNS:
+            trainer.train_minibatch(real)
+    return counter.get_total_flops() / len(TURNS)
 
 
 # A training process that tells when its first minibatch began and its last file was written.
 TIMED = """
 import sys, time
 import gan
-real, began = gan.Pair.train_on, []
-def first(pair, *arguments):
+real, began = gan.Trainer.train_minibatch, []
+def first(trainer, faces):
     began or began.append(time.monotonic())
-    return real(pair, *arguments)
-gan.Pair.train_on = first
+    real(trainer, faces)
+gan.Trainer.train_minibatch = first
 code = gan.main(sys.argv[1:])
 print(time.monotonic() - began[0])
 """
@@ -175,13 +188,14 @@ def whole_training(options) -> dict:
         if not options.data:
             gan.prepare(gan.PrepareSettings(demo=True, data=str(data)))
         run = Path(folder) / "run"
-        arguments = ["train", "--data", data, "--run", run, "--model", options.model, "--epochs", options.epochs,
+        arguments = ["train", "--data", data, "--run", run, "--model", options.model or "WGAN-GP", "--epochs", options.epochs,
                      "--precision", options.precision, "--device", options.device]
         bare, = numbers_printed("import torch" + PEAK)
         whole, peak = numbers_printed(TIMED + PEAK, *arguments)
         log = gan.read_log(run)
     training = sum(line["seconds"] for line in log)
-    return {"faces": log[0]["images_seen"], "seconds an epoch": [line["seconds"] for line in log],
+    return {"whole training of": options.model or "WGAN-GP", "faces": log[0]["images_seen"],
+            "seconds an epoch": [line["seconds"] for line in log],
             "share of time beside training": round(1 - training / whole, 4),
             "peak resident MiB": round(peak / 1024), "of which importing torch": round(bare / 1024)}
 
@@ -202,12 +216,12 @@ def bench_prepare(options) -> dict:
             photos = Path(folder) / "photos"
             photos.mkdir()
             for number in range(options.photos):
-                picture = gan.draw_face(gan.np.random.default_rng(number), 250)
+                picture = gan.cartoon_face(gan.np.random.default_rng(number), 250)
                 picture.save(photos / f"{number}.jpg", quality=90)
         settings = gan.PrepareSettings(dataset=str(photos), data=f"{folder}/ours", limit=options.photos, per_person=0)
         manifest = gan.prepare(settings)
         count = manifest["count"] + sum(batch["count"] for batch in manifest["held_out"])
-        contents = [entry.read() for entry in islice(gan.walk_source(Path(photos), Path(folder)), count)]
+        contents = [path.read_bytes() for path in islice(gan.find_photos(Path(photos), Path(folder))[0].values(), count)]
 
         def plain() -> None:
             faces = []
@@ -323,7 +337,7 @@ def studio_seconds(port: int, rounds: int) -> dict:
         return time.perf_counter() - started
 
     def photo() -> float:
-        target = gan.data_url(gan.draw_face(gan.np.random.default_rng(), 80))
+        target = gan.data_url(gan.cartoon_face(gan.np.random.default_rng(), 80))
         started, found = time.perf_counter(), {"values": None, "done": False}
         for _ in range(12):
             found = post("/api/invert", target=target, values=found["values"])
@@ -352,7 +366,7 @@ SLIDING = """async milliseconds => {
     }
     endDrag();
     return 1000 * count / milliseconds; }"""
-DRAWN = """async vectors => {
+MAKING = """async vectors => {
     const began = performance.now(), faces = [];
     for (const z of vectors) faces.push(paintFace(node('canvas'), await source.face(z, doc.checkpoint), 0, model.image_size));
     const seconds = (performance.now() - began) / 1000, size = model.image_size;
@@ -365,22 +379,22 @@ def page_figures(port: int, run: Path | str, exported: Path, rounds: int) -> dic
     how many of 255 steps they differ from the server's."""
     from playwright.sync_api import sync_playwright
     gan.command_export(gan.ExportSettings(file=str(exported), run=str(run)))
-    vectors = [[round(value, 2) for value in z.clamp(-3, 3).tolist()] for z in gan.draw_latents(20, seed=3)]
+    vectors = [[round(value, 2) for value in z.clamp(-3, 3).tolist()] for z in gan.sample_latents(20, seed=3)]
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with sync_playwright() as playwright, playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox", "--disable-gpu"]) as browser:
-        drawn, slid = [], []
+        made, slid = [], []
         for address in (f"http://127.0.0.1:{port}/", exported.as_uri()):
             page = browser.new_context(bypass_csp=True).new_page()
             page.goto(address)
             page.locator("#save:enabled").wait_for()
             page.locator(".strip").nth(2).wait_for()
-            page.evaluate("() => Promise.all(Object.values(lanes).map(lane => lane.last))")  # strips are drawn
-            if not drawn:
+            page.evaluate("() => Promise.all(Object.values(lanes).map(lane => lane.last))")  # strips are shown
+            if not made:
                 slid = [page.evaluate(SLIDING, 4000) for _ in range(rounds)]
-            drawn.append([page.evaluate(DRAWN, vectors) for _ in range(rounds)])
+            made.append([page.evaluate(MAKING, vectors) for _ in range(rounds)])
             page.close()
-    (ours, *_), theirs = drawn
+    (ours, *_), theirs = made
     difference = (torch.tensor(ours["pixels"]) - torch.tensor(theirs[0]["pixels"])).abs()
     return {"pictures a second while a slider moves": spread(slid),
             "faces a second of an exported page": spread([one["rate"] for one in theirs]),
@@ -403,7 +417,7 @@ def bench_studio(options) -> dict:
     torch.manual_seed(0)
     generator, facts = gan.load_generator(gan.find_checkpoint(options.run, None), torch.device("cpu"))
     size, ratios = facts["image_size"], {name: [] for name in BOXES}
-    for z in gan.draw_latents(20, seed=2):
+    for z in gan.sample_latents(20, seed=2):
         slopes = gan.jacobian(generator, z)
         for name, edges in BOXES.items():
             top, bottom, left, right = (edge * size // 80 for edge in edges)
@@ -416,12 +430,12 @@ def bench_studio(options) -> dict:
     found = {f"{name}, inside over outside": spread(values) for name, values in ratios.items()}
     images = gan.load_faces(options.data, "held_out")[0]
     photos, weights = images[torch.randperm(len(images))[:150]], gan.face_weights(size)
-    space, ranks = gan.FeatureSpace(gan.load_faces(options.data)[0][:500]), {"pixels": [], "features": []}
+    space, ranks = gan.ShapeFeatures(gan.load_faces(options.data)[0][:500]), {"pixels": [], "features": []}
     others = space(photos)
     for number in range(50):
         target = gan.to_face(photos[number])
-        *_, (z, _) = gan.fits(generator, target, weights)
-        face = gan.draw(generator, z[None])
+        *_, (z, _) = gan.fit_photo(generator, target, weights)
+        face = gan.sample_images(generator, z[None])
         for name, distances in (("pixels", gan.distances_to(gan.to_face(face[0]), gan.to_face(photos), weights)),
                                 ("features", torch.cdist(space(face), others)[0])):
             ranks[name].append((distances[50:] < distances[number]).sum().item())
@@ -437,22 +451,23 @@ LEAST_UPDATE = 4e-3  # s that launching an update's kernels one by one takes: 80
 MACHINE = 8  # GPUs joined by NVLink; one link leads out of a machine
 
 
-def sent_by(pair: gan.Pair, turn: str) -> list[int]:
-    """Bytes of each sum over ranks in one minibatch, as two ranks of a hollow process group would send them."""
-    sent, real = [], torch.distributed.all_reduce
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    torch.distributed.all_reduce = lambda tensor: sent.append(tensor.numel() * tensor.element_size())
-    try:
-        pair.ranks.count, pair.ranks.part = 2, slice  # this rank has the whole minibatch, and nobody else is there
-        pair.balance, pair.share = gan.Balance(1, discriminator_left=int(turn == "discriminator")), 1.0
-        pair.train_on(torch.rand(20, 3, 80, 80).contiguous(memory_format=torch.channels_last))
-        sent.clear()
-        pair.balance = gan.Balance(1, discriminator_left=int(turn == "discriminator"))
-        pair.train_on(pair.real)
-    finally:
-        torch.distributed.all_reduce = real
-        torch.distributed.destroy_process_group()
-    return sent
+class CountingRanks(gan.Ranks):
+    """Two ranks, of which the other one is not there: it counts what they would send."""
+
+    def __init__(self):
+        super().__init__(0, 2)
+        self.sent: list[int] = []
+
+    def average(self, *tensors) -> None:
+        self.sent.append(4 + sum(tensor.numel() * tensor.element_size() for tensor in tensors))  # one number tells of stops
+
+
+def sent_by(model: str, turn: str) -> list[int]:
+    """Bytes of each sum over ranks in one minibatch."""
+    trainer = gan.Trainer(gan.TrainSettings(model=model, balance=1), 80, torch.device("cpu"), CountingRanks())
+    trainer.balance.discriminator_left = int(turn == "discriminator")
+    trainer.train_minibatch(torch.rand(20, 3, 80, 80))
+    return trainer.ranks.sent
 
 
 def seconds_of_sums(sent: list[int], gpus: int, link: str) -> float:
@@ -468,20 +483,14 @@ def seconds_of_sums(sent: list[int], gpus: int, link: str) -> float:
 def bench_scale(options) -> dict:
     """Measured: bytes, sums, FLOPs and an update's time here. By arithmetic: the rest, for 20 faces a GPU and for as
     many as keep 80 % of the GPUs' speed; nothing is taken to hide behind the backward pass."""
-    found: dict = {"model": options.model}
-    cpu, sent = torch.device("cpu"), {}
-    for turn in ("discriminator", "generator"):
-        sent[turn] = sent_by(gan.Pair(gan.TrainSettings(model=options.model), 80, cpu), turn)
-        found[f"{turn} update"] = {"sums": len(sent[turn]), "MB": round(sum(sent[turn]) / 1e6, 2),
-                                   "of which gradients": round(max(sent[turn]) / 1e6, 2)}
-    pair = gan.Pair(gan.TrainSettings(model=options.model), 80, cpu)
-    real, pair.balance = torch.rand(20, 3, 80, 80).contiguous(memory_format=torch.channels_last), Scripted()
-    with FlopCounterMode(display=False) as counter:
-        for _ in TURNS:
-            pair.train_on(real)
-    flops = counter.get_total_flops() / len(TURNS) / 20
-    seconds = alternate({"": lambda: [pair.train_on(real) for _ in TURNS]}, options.rounds)[""]
-    here = statistics.median(seconds) / len(TURNS)
+    model = options.model or "WGAN-GP"
+    found, sent = {"model": model}, {turn: sent_by(model, turn) for turn in ("discriminator", "generator")}
+    for turn, sums in sent.items():
+        found[f"{turn} update"] = {"sums": len(sums), "MB": round(sum(sums) / 1e6, 2)}
+    trainer = gan.Trainer(gan.TrainSettings(model=model), 80, torch.device("cpu"))
+    real, trainer.balance = torch.rand(20, 3, 80, 80).contiguous(memory_format=torch.channels_last), Scripted()
+    seconds = alternate({"": lambda: [trainer.train_minibatch(real) for _ in TURNS]}, options.rounds)[""]
+    flops, here = flops_of_a_minibatch(gan.TrainSettings(model=model)) / 20, statistics.median(seconds) / len(TURNS)
     found |= {"GFLOP a face and update": round(flops / 1e9, 2), "ms an update of 20 faces here": round(1e3 * here, 1)}
     share = TURNS.count("discriminator") / len(TURNS)
     for link in ("100 Gbit/s", "25 Gbit/s"):
@@ -503,11 +512,11 @@ def main() -> int:
         command = commands.add_parser(name)
         command.add_argument("--rounds", type=int, default=5)
         command.add_argument("--json", action="store_true", help="one JSON object on standard output")
-        source = {"train": "a dataset written by prepare (default: drawn faces)",
-                  "prepare": "photos (default: drawn ones)", "studio": "the run's dataset"}.get(name, "not used")
+        source = {"train": "a dataset written by prepare (default: cartoon faces)",
+                  "prepare": "photos (default: cartoon faces)", "studio": "the run's dataset"}.get(name, "not used")
         command.add_argument("--data", type=Path, help=source)
         if name in ("train", "scale"):
-            command.add_argument("--model", choices=list(gan.OBJECTIVES), default="WGAN-GP")
+            command.add_argument("--model", choices=list(gan.OBJECTIVES), help="this one alone")
         if name == "train":
             command.add_argument("--precision", default="auto")
             command.add_argument("--device", default="auto")

@@ -1,4 +1,4 @@
-"""What the tests share: a small dataset of drawn faces and a small trained run, made once a session."""
+"""What the tests share: a small dataset of cartoon faces and a small trained run, made once a session."""
 import os
 import signal
 import subprocess
@@ -16,9 +16,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell's & ignore
 import gan  # noqa: E402
 
 
-def drawn_face(seed: int, index: int, size: int) -> np.ndarray:
-    """Drawn face number `index` as (size, size, 3) uint8."""
-    return np.asarray(gan.draw_face(np.random.default_rng([seed, index]), size))
+def cartoon_face(seed: int, index: int, size: int) -> np.ndarray:
+    """Cartoon face number `index` as (size, size, 3) uint8."""
+    return np.asarray(gan.cartoon_face(np.random.default_rng([seed, index]), size))
 
 
 def run_gan(*arguments, cwd, timeout=120, **options) -> subprocess.CompletedProcess:
@@ -29,7 +29,7 @@ def run_gan(*arguments, cwd, timeout=120, **options) -> subprocess.CompletedProc
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
-    """A dataset folder of 64 drawn faces of 32×32 pixels; read only."""
+    """A dataset folder of 64 cartoon faces of 32×32 pixels; read only."""
     data = tmp_path_factory.mktemp("dataset") / "data"
     gan.prepare(gan.PrepareSettings(demo=True, data=str(data), size=32, limit=64))
     return data

@@ -1,10 +1,10 @@
 """Do the tests notice?  python tests/mutate.py --out mutants [--count 200] [--seed 0] [--rooms "A;B"] [--retry]
 
 Needs: pip install cosmic-ray pytest-cov. Makes single changes to gan.py (a comparison, a number, an operator, and/or, a
-loop, an exception, a decorator) at places drawn by chance, in a copy of the checkout, and runs for each the tests that
+loop, an exception, a decorator) at places chosen by chance, in a copy of the checkout, and runs for each the tests that
 come past the place, quick ones first. Asked again with the same --out, it goes on where it stopped; --retry tries those
 that no test noticed against the tests as they are now. Ends with the changes that no test noticed. The look of the
-drawn face, annotations and texts are left alone."""
+cartoon face, annotations and texts are left alone."""
 import argparse
 import ast
 import os
@@ -42,9 +42,9 @@ def room_of(source: str, line: int) -> str:
 
 
 def exempt(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """(start, end) as (line, column) of what no test should pin: the look of the drawn face, and annotations."""
+    """(start, end) as (line, column) of what no test should pin: the look of the cartoon face, and annotations."""
     tree = ast.parse(source)
-    spared = [node for node in tree.body if getattr(node, "name", None) in ("draw_face", "mixed_colour")
+    spared = [node for node in tree.body if getattr(node, "name", None) in ("cartoon_face", "mixed_colour")
               or isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("np.array([(")]  # its palettes
     for node in ast.walk(tree):
         spared += [getattr(node, name) for name in ("annotation", "returns") if getattr(node, name, None)]
@@ -52,7 +52,7 @@ def exempt(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
         yield (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
 
 
-def draw_changes(module: Path, rooms: list[str] | None, count: int, seed: int) -> Iterator[WorkItem]:
+def choose_changes(module: Path, rooms: list[str] | None, count: int, seed: int) -> Iterator[WorkItem]:
     """So many changes, at most one a place; each place has the same chance, however many changes it allows."""
     source = module.read_text("utf-8")
     spared = list(exempt(source))
@@ -71,7 +71,7 @@ def draw_changes(module: Path, rooms: list[str] | None, count: int, seed: int) -
 
 
 def copy_checkout(out: Path) -> None:
-    """Lay the tests anew, and the rest where it is not there yet; gan.py as it was when the changes were drawn."""
+    """Lay the tests anew, and the rest where it is not there yet; gan.py as it was when the changes were chosen."""
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in names:
         target = out / "checkout" / name
@@ -145,12 +145,12 @@ def try_changes(work: WorkDB, tests: Tests, retry: bool) -> None:
 
 
 def main() -> None:
-    """Draw the changes, or go on with those that were drawn before; print what no test noticed."""
+    """Choose the changes, or go on with those that were chosen before; print what no test noticed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rooms", help="draw in these alone, with ; between")
+    parser.add_argument("--rooms", help="choose in these alone, with ; between")
     parser.add_argument("--retry", action="store_true")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
@@ -162,7 +162,7 @@ def main() -> None:
     with use_db(out / "session.sqlite") as work:
         if not work.num_work_items:
             rooms = arguments.rooms.split(";") if arguments.rooms else None
-            work.add_work_items(draw_changes(Path("gan.py"), rooms, arguments.count, arguments.seed))
+            work.add_work_items(choose_changes(Path("gan.py"), rooms, arguments.count, arguments.seed))
         try_changes(work, tests, arguments.retry)
         missed = [(item, result) for item, result in work.completed_work_items
                   if result.test_outcome != TestOutcome.KILLED]

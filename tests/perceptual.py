@@ -1,4 +1,4 @@
-"""How far drawn faces are from real ones for a network that sees:  python tests/perceptual.py RUN/*.pt --data data
+"""How far generated faces are from real ones for a network that sees:  python tests/perceptual.py RUN/*.pt --data data
 
 Compares 1,000 faces of each checkpoint with 1,000 held-out ones by the Fréchet distance of EfficientNet-Lite0's pooled
 features, beside the judge's distance, the sliced Wasserstein distance of each level of the Laplacian pyramid, and the
@@ -39,11 +39,11 @@ def seeing_network() -> Callable[[torch.Tensor], torch.Tensor]:
 
 def laplacian_pyramid(images: torch.Tensor) -> list[torch.Tensor]:
     """uint8 images (N, 3, S, S) -> their details at S, S/2, … down to 16 pixels or more, the last with all the rest."""
-    x, levels = gan.to_face(images), []
+    x, levels, kernel = gan.to_face(images), [], gan.binomial_kernel(1, 4, 6, 4, 1).to(images.device)
     while x.shape[-1] >= 32 and x.shape[-1] % 2 == 0:
-        smaller, enlarged = gan.blurred(x)[..., ::2, ::2], torch.zeros_like(x)
+        smaller, enlarged = gan.low_pass(x, kernel)[..., ::2, ::2], torch.zeros_like(x)
         enlarged[:, :, ::2, ::2] = smaller
-        levels.append(x - 4 * gan.blurred(enlarged))
+        levels.append(x - 4 * gan.low_pass(enlarged, kernel))
         x = smaller
     return [*levels, x]
 
@@ -83,7 +83,7 @@ class SlicedWasserstein:
 
     def __call__(self, fake: torch.Tensor) -> list[float]:
         pairs = zip(self.real, self.projections(fake), strict=True)
-        return [1000 * (real - drawn).abs().mean().item() for real, drawn in pairs]
+        return [1000 * (real - generated).abs().mean().item() for real, generated in pairs]
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
@@ -111,19 +111,20 @@ def main() -> None:
     try:
         faces, held_out = gan.load_faces(arguments.data)[0], gan.load_faces(arguments.data, "held_out")[0][:COUNT]
         judge = gan.Judge(faces, held_out, device)
-        drawn = ((str(path), gan.draw(gan.load_generator(path, device)[0], gan.draw_latents(judge.count, 1)))
-                 for path in checkpoints(arguments.checkpoints))
-        compare([("real training faces", faces[:judge.count])], drawn, held_out, judge, features)
+        z = gan.sample_latents(judge.count, 1)
+        generated = ((str(path), gan.sample_images(gan.load_generator(path, device)[0], z))
+                     for path in checkpoints(arguments.checkpoints))
+        compare([("real training faces", faces[:judge.count])], generated, held_out, judge, features)
     except gan.UserError as error:
         sys.exit(str(error))
 
 
-def compare(floor: list, drawn: Iterable, held_out: torch.Tensor, judge: gan.Judge, features: Callable) -> None:
-    """Print a line for each (name, faces), and how the scores of the drawn ones rank with the network's."""
+def compare(floor: list, generated: Iterable, held_out: torch.Tensor, judge: gan.Judge, features: Callable) -> None:
+    """Print a line for each (name, faces), and how the scores of the generated ones rank with the network's."""
     real, pyramid, rows = features(held_out), SlicedWasserstein(held_out), []
     sides = [f"{held_out.shape[-1] >> level} px" for level in range(len(pyramid.real))]
     print(f"{'':40s}" + "".join(f"{name:>14s}" for name in ("EfficientNet", "distance", "frechet", *sides)))
-    for name, images in chain(floor, drawn):
+    for name, images in chain(floor, generated):
         scores = judge.score(images)
         rows.append([gan.frechet_distance(real, features(images)), scores["distance"], scores["frechet"],
                      *pyramid(images)])

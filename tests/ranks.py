@@ -1,9 +1,10 @@
 """What several ranks compute together:  python tests/ranks.py [--ranks 2 4] [--steps 200]
 
 For each number of ranks it starts as many processes of itself on this machine, with gloo. They tell how far the
-gradients of one update are from those that a single process computes of the same minibatch, and whether all their
-weights, optimizer and random states are the same, bit by bit, after so many balanced minibatches. test_ranks.py asks
-little of it, and starts other programs as ranks by it; slow evidence asks more."""
+gradients of one update are from the mean of those of the parts of the minibatch, which they must be, and from those of
+all of it in a single process, which BatchNorm makes others; and whether all their weights, optimizer and random states
+are the same, bit by bit, after so many balanced minibatches. test_ranks.py asks little of it, and starts other programs
+as ranks by it; slow evidence asks more."""
 import argparse
 import hashlib
 import json
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import gan  # noqa: E402
 
 TURNS = ["discriminator", "generator"]
+FACES = 20  # in a minibatch of all ranks
 CPU = torch.device("cpu")
 
 
@@ -39,29 +41,42 @@ def start(count: int, *command, **options) -> list[subprocess.Popen]:
             for rank in range(count)]
 
 
-def make_pair(model: str, ranks: gan.Ranks | None = None, **changes) -> gan.Pair:
-    return gan.Pair(gan.TrainSettings(model=model, width=8, precision="fp32", device="cpu", **changes), 32, CPU, ranks)
+def make_trainer(model: str, ranks: gan.Ranks) -> gan.Trainer:
+    settings = gan.TrainSettings(model=model, width=8, balance=1, precision="fp32", device="cpu")
+    return gan.Trainer(settings, 32, CPU, ranks)
 
 
-def gradients(model: str, dtype: torch.dtype, faces: int, ranks: gan.Ranks) -> list[list[torch.Tensor]]:
-    """The gradients, and the losses and BatchNorm's statistics, of a discriminator and of a generator update of fresh
-    networks."""
-    torch.set_default_dtype(dtype)
+def gradients(model: str, ranks: gan.Ranks, still: bool = False) -> list[torch.Tensor]:
+    """The losses and gradients of a discriminator and of a generator update of fresh networks in float64, on this
+    rank's part of FACES. `still`: the generator's BatchNorm normalises with running statistics, not with a minibatch's."""
+    torch.set_default_dtype(torch.float64)
     found = []
     for turn in TURNS:
-        pair = make_pair(model, ranks, balance=1)
-        pair.balance.discriminator_left = int(turn == "discriminator")
-        real = torch.rand(faces, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-        losses = pair.train_on(real[ranks.part(faces)])[2:4]
-        network = pair.networks()[turn]
-        found += [[weight.grad for weight in network.parameters()], [losses, *network.buffers()]]
+        trainer = make_trainer(model, ranks)
+        trainer.generator.train(not still)
+        trainer.balance.discriminator_left = int(turn == "discriminator")
+        real = torch.rand(FACES, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        trainer.train_minibatch(real[ranks.part])
+        found += [trainer.rows[-1][2:4], *(weight.grad for weight in trainer.networks[turn].parameters())]
     torch.set_default_dtype(torch.float32)
     return found
 
 
+def mean_of_parts(model: str, count: int) -> list[torch.Tensor]:
+    """What gradients() of so many ranks must be: those of each part of the faces for itself, by this process alone,
+    averaged with the numbers of faces as weights."""
+    means = []
+    for number in range(count):
+        ranks = gan.Ranks(number, count)
+        ranks.divide(FACES)
+        ranks.count = 1  # nobody to average with
+        means.append([ranks.share * tensor for tensor in gradients(model, ranks)])
+    return [sum(parts) for parts in zip(*means, strict=True)]
+
+
 def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     """Norm of the difference of all these tensors, relative to their norm."""
-    a, b = (torch.cat([tensor.flatten() for tensor in side if tensor.is_floating_point()]) for side in (ours, theirs))
+    a, b = (torch.cat([tensor.flatten() for tensor in side]) for side in (ours, theirs))
     return ((a - b).norm() / b.norm()).item()
 
 
@@ -75,26 +90,47 @@ def digest(value) -> str:
     return hashlib.sha256(plain).hexdigest()
 
 
+def different(value, ranks: gan.Ranks) -> int:
+    """How many different values the ranks have."""
+    digests = [""] * ranks.count
+    dist.all_gather_object(digests, digest(value))
+    return len(set(digests))
+
+
 def balanced(model: str, steps: int, ranks: gan.Ranks) -> dict:
-    """How many different states the ranks have after so many minibatches of 21 faces, and who trained."""
-    pair, faces = make_pair(model, ranks), torch.Generator().manual_seed(2)
+    """How many different states the ranks have after so many minibatches and the end of an epoch, and who trained."""
+    trainer, faces = make_trainer(model, ranks), torch.Generator().manual_seed(2)
+    trainer.balance = gan.Balance("accuracy", 0.6)
     for _ in range(steps):
-        pair.train_on((torch.rand(21, 3, 32, 32, generator=faces) * 2 - 1)[ranks.part(21)])
-    state, states = pair.state(), [None] * ranks.count
-    state["progress"]["seconds"] = 0
-    dist.all_gather_object(states, digest(state))
-    return {"states": len(set(states)), "discriminator": pair.progress.discriminator_updates,
-            "generator": pair.progress.generator_updates}
+        trainer.train_minibatch((torch.rand(FACES, 3, 32, 32, generator=faces) * 2 - 1)[ranks.part])
+    rows = different(trainer.rows, ranks)
+    trainer.finish_epoch()
+    state = trainer.state()
+    statistics = [state["networks"]["generator"].pop(name) for name in list(state["networks"]["generator"])
+                  if "running" in name]
+    for name in [name for name in state["networks"]["discriminator"] if "running" in name]:
+        del state["networks"]["discriminator"][name]
+    return {"states": different(state, ranks), "rows": rows, "statistics": different(statistics, ranks),
+            "discriminator": trainer.progress.discriminator_updates, "generator": trainer.progress.generator_updates}
 
 
 def measure(steps: int) -> dict:
-    """What this rank finds: the differences and the states of each GAN."""
-    cases = [(model, dtype) for model in gan.OBJECTIVES for dtype in (torch.float64, torch.float32)]
-    alone = [gradients(*case, 20, gan.Ranks()) for case in cases]
-    with gan.Ranks.joined(CPU) as ranks:
-        found = {f"{model} {str(dtype)[6:]}": max(map(difference, gradients(model, dtype, 20, ranks), before))
-                 for (model, dtype), before in zip(cases, alone, strict=True)}
-        return found | {model: balanced(model, steps, ranks) for model in gan.OBJECTIVES}
+    """What the ranks find; the first alone computes what their gradients are compared with."""
+    ranks = gan.join_ranks(CPU)
+    ranks.divide(FACES)
+    number = torch.tensor([float(ranks.number)])
+    ranks.average(number)
+    found = {"mean of the numbers": number.item()}
+    for model in gan.OBJECTIVES:
+        ours, still = gradients(model, ranks), gradients(model, ranks, still=True)
+        found |= {f"{model}, different gradients": different([ours, still], ranks),
+                  f"{model}, after {steps} minibatches": balanced(model, steps, ranks)}
+        if ranks.number == 0:
+            found |= {f"{model}, from the mean of the parts": difference(ours, mean_of_parts(model, ranks.count)),
+                      f"{model}, from one process": difference(ours, gradients(model, gan.Ranks())),
+                      f"{model}, from one process, generator still": difference(still, gradients(model, gan.Ranks(), True))}
+    dist.destroy_process_group()
+    return found
 
 
 def main() -> int:
@@ -110,9 +146,9 @@ def main() -> int:
         processes = start(count, __file__, "--steps", options.steps, stdout=subprocess.PIPE)
         told = [json.loads(process.communicate()[0]) for process in processes]
         for name, value in told[0].items():
-            print(f"{count} ranks, {name}:", value if isinstance(value, dict) else
-                  f"gradients differ by {max(one[name] for one in told):.1e} from those of one process", flush=True)
-        failed += any(value["states"] > 1 for value in told[0].values() if isinstance(value, dict))
+            print(f"{count} ranks, {name}:", f"{value:.3g}" if isinstance(value, float) else value, flush=True)
+        failed += any(value["states"] > 1 if isinstance(value, dict) else "parts" in name and value > 1e-12
+                      for name, value in told[0].items())
     return min(failed, 1)
 
 

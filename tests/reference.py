@@ -108,9 +108,9 @@ class Reference:
         self.optimizer_g.step()
         return loss.detach()
 
-    def train_on(self, real, z, draw_mix, enough: float | None = None) -> str:
+    def train_minibatch(self, real, z, make_mix, enough: float | None = None) -> str:
         """One minibatch, balanced by accuracy: by the first rule, or by the one that has the discriminator train while
-        its accuracy is below `enough`. `draw_mix()` gives mixing weights, if any are needed."""
+        its accuracy is below `enough`. `make_mix()` gives mixing weights, if any are needed."""
         discriminator_accuracy, generator_accuracy = self.accuracies(self.d(real), self.d(self.g(z)))
         if enough is not None:
             self.discriminator_left = int(discriminator_accuracy < enough)
@@ -120,5 +120,5 @@ class Reference:
             self.update_generator(z)
             return "generator"
         self.discriminator_left -= 1
-        self.update_discriminator(real, z, draw_mix())
+        self.update_discriminator(real, z, make_mix())
         return "discriminator"

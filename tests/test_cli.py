@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, and one-line errors."""
+"""The command line as a user meets it: real processes where they are interrupted, and one-line errors."""
 import ast
 import json
 import os
@@ -10,7 +10,7 @@ from dataclasses import fields
 from urllib.request import urlopen
 
 import pytest
-from conftest import ROOT, run_gan
+from conftest import ROOT
 
 import gan
 
@@ -18,36 +18,38 @@ DECLARATIONS = [declaration for declaration, _, _ in gan.COMMANDS.values()]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="interrupts the training with a POSIX signal")
-def test_from_photos_to_a_face_in_the_browser(tmp_path):
+def test_from_photos_to_a_face_in_the_browser(tmp_path, monkeypatch, capsys):
     """prepare → train → interrupted → gone on with → generate → eval, with defaults where there are some."""
-    prepared = run_gan("prepare", "--demo", "--size", 32, "--limit", 60, cwd=tmp_path)
-    assert prepared.returncode == 0 and "60 faces" in prepared.stdout and "warning: 60 faces are few" in prepared.stdout
+    monkeypatch.chdir(tmp_path)
+    assert gan.main(["prepare", "--demo", "--size", "32", "--limit", "60"]) == 0
+    told = capsys.readouterr().out
+    assert "60 faces" in told and "warning: 60 faces are few" in told
 
     train = [sys.executable, str(ROOT / "gan.py"), "train", "--width", "4", "--epochs"]
-    with subprocess.Popen([*train, "100000"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*train, "100000"], stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("epoch 2/"):
                 process.send_signal(signal.SIGINT)
         assert "the same command goes on from there" in line
     assert process.returncode == 130
     done = json.loads((tmp_path / "runs/wgan-gp/log.jsonl").read_text().splitlines()[-1])["epoch"]
-    resumed = subprocess.run([*train, str(done + 2)], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    resumed = subprocess.run([*train, str(done + 2)], capture_output=True, text=True, timeout=100)
     assert resumed.returncode == 0 and f"going on from runs/wgan-gp/last.pt, epoch {done}" in resumed.stdout
 
-    assert run_gan("generate", "--count", 3, cwd=tmp_path).returncode == 0
+    assert gan.main(["generate", "--count", "3"]) == 0
     assert sorted(path.name for path in (tmp_path / "runs/wgan-gp/generated").iterdir()) == [
         "face-00000.png", "face-00001.png", "face-00002.png"]
     assert (tmp_path / "runs/wgan-gp/generated-grid.png").exists()
 
-    server = subprocess.Popen([sys.executable, str(ROOT / "gan.py"), "eval", "--port", "0"], cwd=tmp_path,
+    server = subprocess.Popen([sys.executable, str(ROOT / "gan.py"), "eval", "--port", "0"],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     url = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())[0]
-    z = gan.draw_latents(3, seed=0)[1].tolist()
+    z = gan.sample_latents(3, seed=0)[1].tolist()
     with urlopen(f"{url}generate?values={','.join(map(str, z))}", timeout=60) as answer:
         served = gan.Image.open(answer).convert("RGB")
-    with gan.Image.open(tmp_path / "runs/wgan-gp/generated/face-00001.png") as drawn:
-        difference = gan.np.abs(gan.np.asarray(served).astype(int) - gan.np.asarray(drawn).astype(int))
-    assert difference.max() <= 1  # the same face, whichever others were drawn with it
+    with gan.Image.open(tmp_path / "runs/wgan-gp/generated/face-00001.png") as written:
+        difference = gan.np.abs(gan.np.asarray(served).astype(int) - gan.np.asarray(written).astype(int))
+    assert difference.max() <= 1  # the same face, whichever others were made with it
     server.send_signal(signal.SIGINT)
     assert server.communicate(timeout=60)[1] == "" and server.returncode == 130
 
@@ -73,8 +75,8 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, code, w
     monkeypatch.setattr(gan.torch.cuda, "is_available", lambda: False)
     try:
         result = gan.main(arguments)
-    except SystemExit as exit:
-        result = exit.code
+    except SystemExit as ended:
+        result = ended.code
     error = capsys.readouterr().err
     assert (result, error.count("\n"), list(tmp_path.iterdir())) == (code, 1, [])
     assert words in error
@@ -82,7 +84,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, code, w
 
 RANGES = [("prepare", "crop", 0.05, 1.0), ("prepare", "per_person", 0, 10**6), ("prepare", "limit", 0, 10**7),
           ("train", "epochs", 1, 10**7), ("train", "batch_size", 2, 10**5), ("train", "width", 4, 512),
-          ("train", "learning_rate", 1e-7, 1.0), ("train", "data_memory", 0.0, 1e6), ("train", "clip", 1e-4, 100.0), ("train", "sample_every", 1, 10**7),
+          ("train", "learning_rate", 1e-7, 1.0), ("train", "clip", 1e-4, 100.0), ("train", "sample_every", 1, 10**7),
           ("train", "save_every", 1, 10**7), ("train", "keep_every", 1, 10**7), ("train", "judge_every", 1, 10**7),
           ("train", "balance", 1, 1000), ("generate", "count", 1, 10**6), ("generate", "min_abs", 0.0, 3.0),
           ("eval", "port", 0, 65535), ("demo", "port", 0, 65535),
@@ -155,7 +157,8 @@ def test_every_setting_has_help_and_a_range(capsys):
             gan.main([name, "--help"])
         shown = " ".join(capsys.readouterr().out.split())
         for item in fields(declaration):
-            assert (item.metadata["metavar"] if item.metadata["positional"] else f"--{item.name.replace('_', '-')}") in shown
+            flag = f"--{item.name.replace('_', '-')}"
+            assert (item.metadata["metavar"] if item.metadata["positional"] else flag) in shown
             assert item.default in (None, False, "") or f"(default {item.default})" in shown
 
 

@@ -20,14 +20,14 @@ import zipfile
 import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
@@ -36,14 +36,22 @@ import gan
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork, fifos and links, which POSIX systems have")
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+@pytest.fixture(scope="module", autouse=True)
+def quick_disk():
+    """Nothing here cuts the power: what is written is there without waiting for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
-    image.save(file, format, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
-def flat(mode: str, colour, format: str = "PNG", side: int = 16, **options) -> bytes:
-    return encoded(Image.new(mode, (side, side), colour), format, **options)
+def flat(mode: str, colour, kind: str = "PNG", side: int = 16, **options) -> bytes:
+    return encoded(Image.new(mode, (side, side), colour), kind, **options)
 
 
 def photo(i: int) -> bytes:
@@ -65,21 +73,22 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def pack(path: Path, files: dict[str, bytes]) -> Path:
-    """Write files as a folder, or as the archive that the suffix of `path` asks for."""
+def pack(path: Path, files: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
+    """Write files as a folder, or as the archive that the suffix of `path` asks for; a list may name one twice."""
     kind = path.name.partition(".")[2].lower()
+    members = files.items() if isinstance(files, dict) else files
     if kind.endswith("zip"):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA if "lzma" in kind else zipfile.ZIP_DEFLATED) as archive:
-            for name, data in files.items():
+            for name, data in members:
                 archive.writestr(name, data)
     elif kind:
         with tarfile.open(path, {"tar": "w", "tgz": "w:gz", "tar.gz": "w:gz", "tar.xz": "w:xz"}[kind]) as archive:
-            for name, data in files.items():
+            for name, data in members:
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
     else:
-        for name, data in files.items():
+        for name, data in members:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_bytes(data)
     return path
@@ -123,8 +132,8 @@ def error_line(capsys, *argv, code: int = 1) -> str:
     capsys.readouterr()
     try:
         assert gan.main([str(argument) for argument in argv]) == code
-    except SystemExit as exit:
-        assert exit.code == code
+    except SystemExit as ended:
+        assert ended.code == code
     line, = capsys.readouterr().err.splitlines()
     return line
 
@@ -183,33 +192,32 @@ def test_classes_are_taken_from_alike():
 
 
 def test_classes_of_different_sizes():
-    """Training takes as many of each while there are any; what is held out is the same share of each."""
+    """Training takes as many of each while there are any; what is held out is the same share of each, at most 1,000."""
     parts = divided(ranges(6000, "a") + ranges(1200, "b"), 2000)
     assert [folders(part) for part in parts] == [{"a": 1000, "b": 1000}, {"a": 833, "b": 167}]
 
 
 def test_ranges_of_numbers_are_taken_from_alike():
-    """70 folders of 1,000: 2,000 to train on and 1,000 held out, as many of each folder, not its first ones by name."""
-    parts = divided(ranges(1000, *(f"{i:05}" for i in range(0, 70_000, 1000))), 2000)
+    """30 folders of 200: 2,000 to train on and 1,000 held out, as many of each folder, not its first ones by name."""
+    parts = divided(ranges(200, *(f"{i:05}" for i in range(0, 30_000, 1000))), 2000)
     assert [len(part) for part in parts] == [2000, 1000] and not set(parts[0]) & set(parts[1])
-    assert all(set(folders(part).values()) <= {few, few + 1} for part, few in zip(parts, (28, 14), strict=True))
+    assert all(set(folders(part).values()) <= {few, few + 1} for part, few in zip(parts, (66, 33), strict=True))
     numbers = [int(name[-9:-4]) for part in parts for name in part]
-    assert 450 < np.mean(numbers) < 550 and len(set(numbers)) > 900
+    assert 90 < np.mean(numbers) < 110 and len(set(numbers)) > 190
 
 
 def test_a_large_flat_folder():
-    """23,707 photos with --limit 0: 22,707 to train on and 1,000 held out."""
-    names = [f"{i}.jpg" for i in range(23_707)]
-    assert [len(part) for part in divided(names, 0)] == [22_707, 1000]
+    """6,000 photos with --limit 0: 5,000 to train on and 1,000 held out."""
+    assert [len(part) for part in divided([f"{i}.jpg" for i in range(6000)], 0)] == [5000, 1000]
 
 
 def test_persons_give_two_photos_each():
-    """Folders of 1 to 530: 2,000 of at most two a person, the first by name, as with `--per-person 2`."""
-    sizes = [1] * 4069 + [2] * 779 + [3] * 291 + [5] * 400 + [20] * 208 + [236, 530]
+    """Folders of 1 to 530: 500 of at most two a person, the first by name, as with `--per-person 2`."""
+    sizes = [1] * 1017 + [2] * 195 + [3] * 73 + [5] * 100 + [20] * 52 + [236, 530]
     names = [f"p{p:04}/{i:04}.jpg" for p, size in enumerate(sizes) for i in range(size)]
-    training, apart = divided(names, 2000)
+    training, apart = divided(names, 500)
     assert max(folders(training).values()) == 2 and all(name[6:10] in ("0000", "0001") for name in training)
-    assert (training, apart) == divided(names, 2000, per_person=2) and (len(training), len(apart)) == (2000, 1000)
+    assert (training, apart) == divided(names, 500, per_person=2) and (len(training), len(apart)) == (500, 1000)
     assert max(folders(apart).values()) == 1 and not folders(training).keys() & folders(apart).keys()
 
 
@@ -221,21 +229,16 @@ def test_few_persons_of_many_photos_are_held_out_by_photos():
         assert (not folders(training).keys() & folders(apart).keys()) == strangers
 
 
-LAYOUTS = {  # files, limit -> how many of each folder are trained on and held out
-    "classes": (ranges(150, "train", "test"), 200, {"train": 100, "test": 100}, {"train": 50, "test": 50}),
-    "all of classes": (ranges(300, "train", "test"), 0, {"train": 240, "test": 240}, {"train": 60, "test": 60}),
-    "ranges": (ranges(30, *"abcdefghij"), 190, dict.fromkeys("abcdefghij", 19), dict.fromkeys("abcdefghij", 11)),
-    "flat": (ranges(510, "a"), 0, {"a": 408}, {"a": 102})}
-
-
-@pytest.mark.parametrize("kind", ["photos", "a.zip", "a.tar", "a.tgz"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_in_every_kind_of_source(tmp_path, layout, kind):
-    """The faces of the dataset and the photos that the manifest names are those of the layout's table."""
-    names, limit, *expected = LAYOUTS[layout]
+@pytest.mark.parametrize("kind, names, limit, training, held_out", [
+    ("photos", ranges(150, "train", "test"), 200, {"train": 100, "test": 100}, {"train": 50, "test": 50}),
+    ("a.zip", ranges(250, "train", "test"), 0, {"train": 200, "test": 200}, {"train": 50, "test": 50}),
+    ("a.tgz", ranges(30, *"abcdefghij"), 190, dict.fromkeys("abcdefghij", 19), dict.fromkeys("abcdefghij", 11)),
+    ("flat", ranges(510, "a"), 0, {"a": 408}, {"a": 102})])
+def test_layouts_of_sources(tmp_path, kind, names, limit, training, held_out):
+    """So many faces of each folder are trained on and held out, and each is of the photo that stands beside it."""
     files = {name: photo(i) for i, name in enumerate(names)}
     prepared(pack(tmp_path / kind, files), tmp_path / "data", limit=limit)
-    for part, wanted in zip(("batches", "held_out"), expected, strict=True):
+    for part, wanted in zip(("batches", "held_out"), (training, held_out), strict=True):
         photos = [face["photo"] for face in faces_told(tmp_path / "data", part)]
         red, green = gan.load_faces(tmp_path / "data", part)[0][:, :2, 16, 16].int().T
         assert folders(photos) == wanted and (red + 256 * green).tolist() == [names.index(name) for name in photos]
@@ -244,7 +247,7 @@ def test_layouts_in_every_kind_of_source(tmp_path, layout, kind):
 def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     """Subfolders too, whatever order the system lists them in."""
     pack(tmp_path / "photos", {f"{name}/{i}.png": photo(i) for name in "hbkacfjdgeilm" for i in (1, 0)})
-    names = [entry.name for entry in gan.walk_source(tmp_path / "photos", tmp_path)]
+    names = [name for name, *_ in gan.folder_members(tmp_path / "photos")]
     assert names == sorted(names) and len(names) == 26
 
 
@@ -252,30 +255,30 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
 def no_heif(monkeypatch):
     """As on a machine without pillow-heif and with a Pillow that has no AVIF."""
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    monkeypatch.setattr(gan.features, "check", lambda feature: False)
+    monkeypatch.setattr(gan.pillow_features, "check", lambda feature: False)
     gan.readable_here.cache_clear()
     yield
     gan.readable_here.cache_clear()
 
 
-@pytest.mark.parametrize("kind", ["photos", "a.zip", "a.tgz"])
-def test_every_file_is_accounted_for(tmp_path, capsys, no_heif, kind):
+def test_every_file_is_accounted_for(tmp_path, capsys, monkeypatch, no_heif):
     """Used, held out, left by --per-person and by --limit, skipped, not read: each is what it says, and they add up."""
-    allowed = {f"p{p:03}/{i}.png": b"bad" if p % 10 == i else photo(p) for p in range(700) for i in range(2)}
-    unread = {f"p{p:03}/{p}.{kind}": b"?" for p, kind in enumerate(["heic", "HEIC", "avif", "dng"])}
-    third = {f"p{p:03}/2.png": photo(p) for p in range(700)}
+    allowed = {f"p{p:03}/{i}.png": b"bad" if p % 10 == i else photo(p) for p in range(300) for i in range(2)}
+    unread = {f"p{p:03}/{p}.{suffix}": b"?" for p, suffix in enumerate(["heic", "HEIC", "avif", "dng"])}
+    third = {f"p{p:03}/2.png": photo(p) for p in range(300)}
     files = allowed | unread | third | {"x.png": b"", "notes.txt": b"no photo"}
-    source, data = pack(tmp_path / kind, files), tmp_path / "data"
+    source, data = pack(tmp_path / "photos.zip", files), tmp_path / "data"
+    monkeypatch.setattr(gan, "HELD_OUT_FACES", 300)
     assert gan.main(["prepare", "--dataset", str(source), "--data", str(data), "--size", "32", "--crop", "1",
                      "--per-person", "2", "--limit", "200"]) == 0
     manifest = json.loads((data / "manifest.json").read_text())
     used, apart = ({face["photo"] for face in faces_told(data, kind)} for kind in ("batches", "held_out"))
     bad = {name for name in reasons(manifest) if files[name] == b"bad"}
     left = allowed.keys() - used - apart - bad
-    assert manifest["files"] == {"used": len(used), "held_out": len(apart), "left_by_per_person": 700,
+    assert manifest["files"] == {"used": len(used), "held_out": len(apart), "left_by_per_person": 300,
                                  "left_by_limit": len(left), "skipped": len(bad) + 1,
                                  "not_read": {".heic": 2, ".avif": 1, ".dng": 1}}
-    assert len(used) == 200 and len(apart) > 900 and len(bad) > 50 and used | apart | bad < allowed.keys()
+    assert len(used) == 200 and len(apart) > 250 and len(bad) > 20 and used | apart | bad < allowed.keys()
     line, = (line.replace(",", "") for line in capsys.readouterr().out.splitlines() if "photos found" in line)
     found, *parts = map(int, re.findall(r"(?<![.\w])(\d+)(?= |$)", line))
     assert found == sum(parts) == len(files) - 1 == manifest["photos_found"]
@@ -291,46 +294,86 @@ def test_choice_is_the_first_of_each_person_whatever_the_order(pairs, per_person
     assert sorted(chosen) == expected and chosen == gan.choose_photos(sorted(names)[::-1], per_person, seed)
 
 
-@pytest.mark.parametrize("kind", ["photos", "photos.zip"])
-def test_seed_shuffles_limit_cuts_and_bad_photos_are_replaced(tmp_path, kind):
+def test_seed_shuffles_limit_cuts_and_bad_photos_are_replaced(tmp_path):
     """--limit keeps the first ones of the seed's order (0: all); the next candidates take the place of bad ones."""
-    files, data = {f"{i:02}.png": photo(i) for i in range(60)}, tmp_path / "data"
-
-    def order(files: dict, **changes) -> list[int]:
-        shutil.rmtree(tmp_path / "photos", ignore_errors=True)
-        order.skipped = set(reasons(prepared(pack(tmp_path / kind, files), data, **changes)))
-        return seen(data)
-    whole = order(files, limit=0)
-    assert sorted(whole) == list(range(60)) != whole != order(files, seed=1) and order(files, limit=7) == whole[:7]
+    files, data = {f"{i:02}.png": photo(i) for i in range(30)}, tmp_path / "data"
+    source = pack(tmp_path / "photos", files)
+    prepared(source, data, limit=0)
+    whole = seen(data)
+    assert sorted(whole) == list(range(30)) != whole
+    prepared(source, data, seed=1)
+    assert sorted(seen(data)) == sorted(whole) != seen(data) != whole
+    prepared(source, data, limit=7)
+    assert seen(data) == whole[:7]
     bad = {whole[i] for i in (0, 1, 2, 5, 6, 7, 8, 11)}
-    damaged = {name: b"bad" if int(name[:2]) in bad else data for name, data in files.items()}
-    assert order(damaged, limit=8) == [i for i in whole if i not in bad][:8]
-    assert order.skipped == {f"{i:02}.png" for i in bad}
+    pack(source, {f"{i:02}.png": b"bad" for i in bad})
+    assert reasons(prepared(source, data, limit=8)).keys() == {f"{i:02}.png" for i in bad}
+    assert seen(data) == [i for i in whole if i not in bad][:8]
 
 
-def test_a_heap_of_bad_photos_is_not_read_once_for_each(tmp_path, monkeypatch):
-    """To find the one good photo among 2,000 bad ones, an archive is read a few times only."""
-    source = pack(tmp_path / "a.zip", dict.fromkeys((f"{i}.jpg" for i in range(2000)), b"bad") | {"good.png": photo(5)})
-    openings, real = [], zipfile.ZipFile
-
-    def open_zip(*arguments, **options):
-        openings.append(arguments)
-        return real(*arguments, **options) if len(openings) < 40 else pytest.fail("the archive was opened 40 times")
-    monkeypatch.setattr(zipfile, "ZipFile", open_zip)
-    prepared(source, tmp_path / "data", limit=1)
-    assert seen(tmp_path / "data") == [5]
-
-
-def test_archive_of_30_000_entries(tmp_path):
-    """A tar of 30,000 empty members before the good ones is no trouble."""
+def test_archive_of_10_000_entries(tmp_path):
+    """A tar of 10,000 empty members before the good ones is no trouble."""
     head = tarfile.TarInfo("000000.jpg").tobuf()  # its checksum, at 148, grows with the digits of the name
     empty = (b"%06d%b%06o%b" % (i, head[6:148], int(head[148:154], 8) + sum(map(int, str(i))), head[154:])
-             for i in range(30_000))
+             for i in range(10_000))
     good = pack(tmp_path / "good.tar", PEOPLE).read_bytes()
     (tmp_path / "a.tar").write_bytes(b"".join(empty) + good)
     manifest = prepared(tmp_path / "a.tar", tmp_path / "data")
-    assert (manifest["count"], manifest["photos_found"], len(manifest["skipped"])) == (15, 30_015, 30_000)
+    assert (manifest["count"], manifest["photos_found"], len(manifest["skipped"])) == (15, 10_015, 10_000)
     assert set(reasons(manifest).values()) == {"is empty"}
+
+
+def with_holes(name: str, data: bytes, size: int) -> bytes:
+    """A tar of one sparse member (GNU's format) that says it has so many bytes; blocks of zeros are not stored."""
+    starts = [at for at in range(0, len(data), 512) if any(data[at:at + 512])]
+    blocks = [data[at:at + 512] for at in starts]
+    places = [number for at, block in zip(starts, blocks, strict=True) for number in (at, len(block))]
+    member = tarfile.TarInfo(name)
+    member.size, member.type = sum(map(len, blocks)), tarfile.GNUTYPE_SPARSE
+    head = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    head[386:386 + 12 * len(places)] = b"".join(b"%011o\0" % number for number in places)  # of at most four blocks
+    head[483:494] = b"%011o" % size
+    head[148:156] = b"        "
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head) + b"".join(block.ljust(512, b"\0") for block in blocks)
+
+
+def test_sparse_members_of_a_tar(tmp_path):
+    """A picture whose zeros are not stored is read with them; one that says it had 4 GB is not read."""
+    pixels = np.random.default_rng(0).integers(1, 256, (32, 32, 3), np.uint8)
+    pixels[5:26] = 0
+    picture, good = encoded(Image.fromarray(pixels), "PPM"), pack(tmp_path / "good.tar", {"good.png": photo(1)})
+    archive = with_holes("a.ppm", picture, len(picture))
+    assert len(archive) < len(picture)  # there are holes
+    (tmp_path / "a.tar").write_bytes(archive + bytes(1024))
+    prepared(tmp_path / "a.tar", tmp_path / "data")
+    assert np.array_equal(gan.load_faces(tmp_path / "data")[0][0].permute(1, 2, 0), pixels)
+    (tmp_path / "a.tar").write_bytes(with_holes("a.ppm", picture, 2**32) + good.read_bytes())
+    assert reasons(prepared(tmp_path / "a.tar", tmp_path / "data")) == {"a.ppm": "is larger than 100 MB"}
+    assert seen(tmp_path / "data") == [1]
+
+
+@pytest.mark.parametrize("kind", ["a.zip", "a.tar", "a.tgz"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_the_last_of_two_members_of_one_name_counts(tmp_path, kind):
+    """As when an archive is unpacked: a later photo takes the earlier one's place, and so does one that is empty."""
+    members = [("a.png", photo(1)), ("b.png", photo(2)), ("c.png", b""), ("./a.png", photo(3)), ("b.png", b""),
+               ("c.png", photo(4))]
+    manifest = prepared(pack(tmp_path / kind, members), tmp_path / "data")
+    assert sorted(seen(tmp_path / "data")) == [3, 4] and reasons(manifest) == {"b.png": "is empty"}
+    assert manifest["photos_found"] == 3
+
+
+@pytest.mark.parametrize("kind", ["a.tar", "a.tgz"])
+def test_an_archive_that_breaks_off_gives_what_came_before(tmp_path, kind):
+    """The photos before the break are used, and what could not be read is told. (A zip has its list at its end.)"""
+    rng = random.Random(0)
+    path = pack(tmp_path / kind, {f"{i}.png": photo(i) + rng.randbytes(1000) for i in range(8)})
+    path.write_bytes(path.read_bytes()[:path.stat().st_size * 9 // 20])
+    skipped = reasons(prepared(path, tmp_path / "data"))
+    numbers = sorted(seen(tmp_path / "data"))
+    assert numbers == list(range(len(numbers))) and 2 <= len(numbers) <= 4
+    assert skipped.pop(kind).startswith("cannot be read further: ") and skipped.keys() <= {f"{len(numbers)}.png"}
 
 
 # Geometry and colour
@@ -409,15 +452,15 @@ COLOURS |= {f"16-bit grey {value}": (grey16(value), (grey,) * 3)
 def test_every_mode_becomes_the_right_rgb(kind):
     """Grey, palette, alpha, CMYK, 16-bit and animated (first frame) photos keep their colour within 2 of 255, deep
     greys exactly."""
-    face = decoded(COLOURS[kind][0], 32, 0.5)
+    face, exact = decoded(COLOURS[kind][0], 32, 0.5), kind.startswith(("16-bit grey", "negative"))
     assert face.shape == (32, 32, 3) and face.dtype == np.uint8
-    assert np.abs(face.astype(int) - COLOURS[kind][1]).max() <= (0 if kind.startswith(("16-bit grey", "negative")) else 2)
+    assert np.abs(face.astype(int) - COLOURS[kind][1]).max() <= (0 if exact else 2)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
-def test_truncated_photo_is_never_half_a_face(format):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
+def test_truncated_photo_is_never_half_a_face(kind):
     """A photo cut at any of 40 lengths either fails or gives the whole face."""
-    data = encoded(noise(), format)
+    data = encoded(noise(), kind)
     whole = decoded(data, 32, 1.0)
     for length in np.linspace(0, len(data) - 1, 40, dtype=int):
         try:
@@ -430,16 +473,16 @@ def test_truncated_photo_is_never_half_a_face(format):
 
 @pytest.fixture(scope="module")
 def portraits() -> list[tuple[Image.Image, tuple[float, float, float]]]:
-    """(Portrait, its face's middle x and y and the side of its square, as shares of the portrait): drawn ones that the
-    detector sees, or photos like LFW's from the folder or archive GAN_TEST_PHOTOS."""
+    """(Portrait, its face's middle x and y and the side of its square, as shares of the portrait): cartoon faces that
+    the detector sees, or photos like LFW's from the folder or archive GAN_TEST_PHOTOS."""
     pytest.importorskip("cv2", reason="the optional library opencv-python-headless is not installed")
     if "GAN_TEST_PHOTOS" in os.environ:
         source = Path(os.environ["GAN_TEST_PHOTOS"])
         with tempfile.TemporaryDirectory() as scratch:
-            entries = list(islice(gan.walk_source(source, Path(scratch)), 200))
-            return [(gan.open_photo(entry.read())[0], (0.5, 0.5, 0.5)) for entry in entries]
-    drawn = [gan.draw_face(np.random.default_rng([1, i]), 160) for i in range(40)]
-    return [(face, (0.5, 0.53, 0.79)) for face in drawn if gan.find_faces(ImageOps.expand(face, 80, "grey"))]
+            files = [*gan.find_photos(source, Path(scratch))[0].values()][:200]
+            return [(gan.open_photo(file.read_bytes())[0], (0.5, 0.5, 0.5)) for file in files]
+    cartoons = [gan.cartoon_face(np.random.default_rng([1, i]), 160) for i in range(20)]
+    return [(face, (0.5, 0.53, 0.79)) for face in cartoons if gan.find_faces(ImageOps.expand(face, 80, "grey"))]
 
 
 def scenery(rng: random.Random, width: int, height: int) -> Image.Image:
@@ -454,13 +497,13 @@ def scenery(rng: random.Random, width: int, height: int) -> Image.Image:
     return picture
 
 
-def pasted(rng: random.Random, portraits: list, size: tuple[int, int], count: int,
+def pasted(rng: random.Random, heads: list, size: tuple[int, int], count: int,
            sides: tuple[float, float] = (0.07, 0.2)) -> tuple[Image.Image, list]:
-    """A picture with so many portraits, or as many as find room, at random places, in random light, their faces' sides such shares of its width:
-    (picture, (x, y, side) of each face)."""
+    """A picture with so many portraits, or as many as find room, at random places, in random light, their faces' sides
+    such shares of its width: (picture, (x, y, side) of each face)."""
     picture, faces, taken = scenery(rng, *size), [], []
     for _ in range(100):
-        portrait, (x, y, side) = rng.choice(portraits)
+        portrait, (x, y, side) = rng.choice(heads)
         scale = int(size[0] * rng.uniform(*sides) / side)
         left, top = rng.randrange(size[0] - scale), rng.randrange(size[1] - scale)
         if len(faces) < count and not any(
@@ -502,12 +545,11 @@ def test_where_there_is_no_face_none_is_found():
     assert not any(gan.find_faces(Image.new("RGB", size)) for size in [(500, 400), (1, 1), (5000, 3), (28, 28)])
 
 
-@pytest.mark.parametrize("format, enough, side", [("JPEG", 100, 100), ("JPEG", 101, 200), ("JPEG", 800, 800), ("PNG", 100, 800)])
-def test_a_jpeg_is_decoded_no_larger_than_is_enough(format, enough, side):
+@pytest.mark.parametrize("kind, enough, side",
+                         [("JPEG", 100, 100), ("JPEG", 101, 200), ("JPEG", 800, 800), ("PNG", 100, 800)])
+def test_a_jpeg_is_decoded_no_larger_than_is_enough(kind, enough, side):
     """In an eighth, a quarter or a half of its size where that will do: most of prepare's time is decoding."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (800, 800), "grey").save(buffer, format)
-    image, scale = gan.open_photo(buffer.getvalue(), enough)
+    image, scale = gan.open_photo(flat("RGB", (128,) * 3, kind, side=800), enough)
     assert image.size == (side, side) and scale == 800 / side
 
 
@@ -516,7 +558,7 @@ def test_two_boxes_of_one_face_count_once(monkeypatch):
     pytest.importorskip("cv2")
     faces = [(300, 55, 40), (215, 55, 30), (375, 55, 30), (300, 135, 30), (300, 20, 28)]  # middle and side
     boxes = [(x - side / 2, y - side / 2, x + side / 2, y + side / 2) for x, y, side in [*faces, (300, 55, 20)]]
-    monkeypatch.setattr(gan, "look", lambda grey, region, scale, **how: boxes)
+    monkeypatch.setattr(gan, "detect", lambda grey, region, scale, **how: boxes)
     found = [((left + right) / 2, (top + bottom) / 2, (right - left) / 1.1)
              for left, top, right, bottom in gan.find_faces(Image.new("RGB", (400, 200)))]
     assert sorted(found) == [pytest.approx(face) for face in sorted(faces)]
@@ -543,8 +585,8 @@ def test_crops_follow_the_faces(portraits, tmp_path):
 def test_faces_are_found_in_every_mode(portraits, mode):
     """Grey, palette, CMYK and transparent pictures of a face have one."""
     picture = ImageOps.expand(portraits[0][0], 60, "grey")
-    format = "JPEG" if mode == "CMYK" else "PNG"
-    assert len(gan.decode_faces(encoded(picture.convert(mode), format), 32, "face")[0]) == 1
+    data = encoded(picture.convert(mode), "JPEG" if mode == "CMYK" else "PNG")
+    assert len(gan.decode_faces(data, 32, "face")[0]) == 1
 
 
 def test_faces_at_the_edge_are_mirrored_or_refused(monkeypatch):
@@ -569,66 +611,46 @@ def test_one_face_of_a_person_all_of_a_flat_folder(portraits, tmp_path):
     files = {"ann/1.png": encoded(picture), "ann/2.png": encoded(picture), "bob/1.png": encoded(picture),
              "bob/2.png": photo(7)}
 
-    def boxes(kind: str, files: dict) -> list[tuple]:
-        source = pack(tmp_path / kind, files)
+    def sides(kind: str, names: dict[str, bytes]) -> list[tuple]:
+        source = pack(tmp_path / kind, names)
         manifest = gan.prepare(gan.PrepareSettings(dataset=str(source), data=str(tmp_path / "data"), size=32,
                                                    crop="face"))
         assert list(reasons(manifest).values()) == ["no face found"]
         faces = faces_told(tmp_path / "data")
         assert manifest["count"] == len(faces) and manifest["files"]["used"] == 3
         return [(face["photo"], face["box"][2] - face["box"][0]) for face in faces]
-    persons = boxes("photos.zip", files)
-    flat = boxes("flat", {name.replace("/", "-"): data for name, data in files.items()})
+    persons = sides("photos.zip", files)
+    everyone = sides("flat", {name.replace("/", "-"): data for name, data in files.items()})
     assert sorted(name for name, _ in persons) == ["ann/1.png", "ann/2.png", "bob/1.png"]
-    assert sorted(name for name, _ in flat) == sorted(2 * ["ann-1.png", "ann-2.png", "bob-1.png"])
-    assert {side for _, side in persons} == {max(side for _, side in flat)} != {side for _, side in flat}
+    assert sorted(name for name, _ in everyone) == sorted(2 * ["ann-1.png", "ann-2.png", "bob-1.png"])
+    assert {side for _, side in persons} == {max(side for _, side in everyone)} != {side for _, side in everyone}
 
 
 def test_many_faces_of_few_photos(tmp_path, monkeypatch):
-    """--limit counts faces; whole photos are held out, a fifth of them where that gives 100 faces; in archives too."""
+    """--limit counts faces; whole photos are held out, a fifth of them where that gives 100 faces."""
     pytest.importorskip("cv2")
     monkeypatch.setattr(gan, "find_faces", lambda image: [(10.0 * i, 0.0, 10.0 * i + 40, 40.0) for i in range(6)])
-    files, batches = {f"{i:03}.png": encoded(Image.new("RGB", (90, 40), (i, 0, 0))) for i in range(250)}, []
-    for kind, limit, expected in [("photos", 0, (200, 50)), ("a.tgz", 0, (200, 50)), ("photos", 100, (17, 150)),
-                                  ("few", 0, (75, 0))]:
-        source = pack(tmp_path / kind, dict(list(files.items())[:75 if kind == "few" else 250]))
+    files = [(f"{i:03}.png", encoded(Image.new("RGB", (90, 40), (i, 0, 0)))) for i in range(100)]
+    for count, limit, expected in [(100, 0, (80, 20)), (100, 100, (17, 20)), (75, 0, (75, 0))]:
+        source = pack(tmp_path / str(count), files[:count])
         manifest = gan.prepare(gan.PrepareSettings(dataset=str(source), data=str(tmp_path / "data"), size=32,
                                                    crop="face", limit=limit))
         trained, apart = (Counter(face["photo"] for face in faces_told(tmp_path / "data", kind))
                           for kind in ("batches", "held_out"))
         assert (len(trained), len(apart)) == expected and not trained.keys() & apart.keys()
         assert manifest["count"] == trained.total() == (limit or 6 * len(trained))
-        batches.append((manifest["batches"], manifest["held_out"]))
-    assert batches[0] == batches[1]
 
 
-def test_no_more_photos_are_decoded_than_are_wanted(tmp_path, monkeypatch):
-    """Of 1,300 photos with --limit 5 some thousand, which are held out."""
-    decoded, real = [], gan.decode_faces
-    monkeypatch.setattr(gan, "decode_faces", lambda *arguments: decoded.append(1) or real(*arguments))
-    manifest = prepared(pack(tmp_path / "a.zip", {f"{i}.png": photo(i) for i in range(1300)}), tmp_path / "data", limit=5)
-    assert manifest["files"] == manifest["files"] | {"used": 5, "held_out": 1000, "left_by_limit": 295}
-    assert 1005 <= len(decoded) <= 1005 + 8 * gan.usable_cores()
-
-
-@pytest.mark.parametrize("count", [60, 400])
-def test_no_photo_is_decoded_twice(tmp_path, monkeypatch, count):
-    """Nor where so few are held out that nothing could be judged by them, and they are trained on."""
-    decoded, real = Counter(), gan.decode_faces
-    monkeypatch.setattr(gan, "decode_faces", lambda *arguments: decoded.update([arguments[0]]) or real(*arguments))
-    manifest = prepared(pack(tmp_path / "photos", {f"{i}.png": photo(i) for i in range(count)}), tmp_path / "data")
-    assert manifest["files"]["used"] == count and len(decoded) == decoded.total() == count
-
-
-def test_what_is_done_is_not_looked_at_again(tmp_path, monkeypatch):
-    """After a kill between two kinds of faces the first is taken from its notes, without a photo decoded."""
-    settings = gan.PrepareSettings(dataset=str(pack(tmp_path / "photos", {f"{i}.png": photo(i) for i in range(30)})),
-                                   data=str(tmp_path / "data"), size=32)
-    before = gan.Photos(settings)
-    done = before.take("faces", before.names, 20)
-    monkeypatch.setattr(gan, "decode_faces", None)
-    again = gan.Photos(settings)
-    assert again.take("faces", again.names, 20) == done and len(done[1]) == 20 and not again.skipped
+def test_photos_are_decoded_once_and_no_more_than_are_wanted(tmp_path, monkeypatch):
+    """Of 260 photos with --limit 5, where at most 150 are held out, these and five; and a few ahead."""
+    taken, real = Counter(), gan.decode_faces
+    monkeypatch.setattr(gan, "HELD_OUT_FACES", 150)
+    monkeypatch.setattr(gan, "usable_cores", lambda: 2)
+    monkeypatch.setattr(gan, "decode_faces", lambda *arguments: taken.update(arguments[:1]) or real(*arguments))
+    source = pack(tmp_path / "photos", {f"{i}.png": photo(i) for i in range(260)})
+    manifest = prepared(source, tmp_path / "data", limit=5)
+    assert manifest["files"] == manifest["files"] | {"used": 5, "held_out": 150, "left_by_limit": 105}
+    assert len(taken) == taken.total() and 155 <= len(taken) <= 155 + 8 * 2
 
 
 @pytest.mark.parametrize("absent", [None, types.SimpleNamespace(data=None)])
@@ -640,41 +662,16 @@ def test_without_opencv_there_is_one_line(tmp_path, capsys, monkeypatch, absent)
     source = pack(tmp_path / "photos", PEOPLE)
     line = error_line(capsys, "prepare", "--dataset", source, "--crop", "face", "--data", tmp_path / "data")
     assert 'pip install "opencv-python-headless<5"' in line and not (tmp_path / "data").exists()
-    assert prepared(source, tmp_path / "data")["crops_with_face"] is None
+    assert prepared(source, tmp_path / "data")["count"] == 15  # a crop of the middle needs none
 
 
-@pytest.mark.parametrize(("crop", "with_face", "told"), [("1", 18, False), ("1", 12, True), ("0.2", 30, True),
-                                                        ("face", 12, False)])
-def test_crops_that_miss_the_faces_are_told(portraits, tmp_path, capsys, crop, with_face, told):
-    """A sample of the crops is looked at: where fewer than half show a face, a line names --crop face."""
-    pictures = [encoded(portraits[0][0])] * with_face + [photo(9)] * (30 - with_face)
-    source = pack(tmp_path / "photos", {f"{i}.png": picture for i, picture in enumerate(pictures)})
-    assert gan.main(["prepare", "--dataset", str(source), "--data", str(tmp_path / "data"), "--size", "48",
-                     "--crop", crop]) == 0
-    assert ("--crop face" in capsys.readouterr().out) == told
-
-
-@pytest.mark.parametrize(("name", "format"), [("a.avif", "AVIF"), ("b.HEIC", "HEIF")])
-def test_avif_and_heic_are_read_where_they_can_be(tmp_path, name, format):
+@pytest.mark.parametrize(("name", "kind"), [("a.avif", "AVIF"), ("b.HEIC", "HEIF")])
+def test_avif_and_heic_are_read_where_they_can_be(tmp_path, name, kind):
     """With a Pillow that has AVIF, and with pillow-heif, they are photos like any other."""
-    if format not in gan.readable_here()[0]:
-        pytest.skip(f"nothing here reads {format}")
-    prepared(pack(tmp_path / "photos", {name: encoded(Image.new("RGB", (64, 64), ORANGE), format)}), tmp_path / "data")
+    if kind not in gan.readable_here()[0]:
+        pytest.skip(f"nothing here reads {kind}")
+    prepared(pack(tmp_path / "photos", {name: flat("RGB", ORANGE, kind, side=64)}), tmp_path / "data")
     assert np.abs(gan.load_faces(tmp_path / "data")[0][0].numpy().mean((1, 2)) - ORANGE).max() < 5
-
-
-def test_what_libtiff_says_does_not_reach_the_terminal(tmp_path, capfd):
-    """A damaged TIFF is one line, with its reason."""
-    data = bytearray(encoded(noise(), "TIFF", compression="tiff_lzw"))
-    data[200:500] = b"\xff" * 300
-    source = pack(tmp_path / "photos", {"bad.tif": bytes(data), "good.png": photo(1)})
-    with pytest.raises(ValueError):
-        gan.open_photo(bytes(data))
-    assert capfd.readouterr().err  # or there would be nothing to keep from it
-    assert gan.main(["prepare", "--dataset", str(source), "--data", str(tmp_path / "data"), "--size", "32",
-                     "--crop", "1"]) == 0
-    told = capfd.readouterr()
-    assert told.err == "" and "skipped bad.tif: " in told.out
 
 
 # Hostile sources
@@ -690,7 +687,8 @@ HOSTILE = {  # a name -> the content, and the reason for which it is skipped, or
     "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n" * 9, "image"), "floats.tif": (flat("F", 0.5, "TIFF"), "floating"),
     "PNG named.jpg": (photo(10), 10), "UPPER.PnG": (photo(11), 11), "trailing.png": (photo(12) + b"<?php ?>" * 999, 12),
     "huge EXIF.png": (flat("RGB", (13, 0, 128), exif=b"Exif\0\0MM\0*" + b"\xff" * 10**6), 13),
-    "folder.jpg/inside.png": (photo(14), 14), "long" * 50 + ".png": (photo(15), 15), "ünï côdé 顔.png": (photo(16), 16)}
+    "folder.jpg/inside.png": (photo(14), 14), "long" * 50 + ".png": (photo(15), 15),
+    "ünï côdé 顔.png": (photo(16), 16)}
 HOSTILE_NAMES = {"new\nline.png": (photo(17), 17), "no \udcff UTF-8.png": (photo(18), 18),
                  "a\\b:*?.png": (photo(19), 19)}
 
@@ -773,13 +771,13 @@ def test_hostile_members_of_an_archive(tmp_path, kind, lacks):
     assert all(MEMBERS[name][2] in reason for name, reason in found.items())
 
 
-@pytest.mark.parametrize("kind", ["zip", "lzma.zip", "tar", "tgz", "tar.xz"])
+@pytest.mark.parametrize("kind", ["zip", "lzma.zip", "tar", "tgz"])
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_damaged_archives(tmp_path, kind, damage):
     """An archive cut at any length, or with a byte changed, gives the photos that can be read, or one line."""
     path, rng = tmp_path / f"photos.{kind}", random.Random(0)
     whole = pack(path, {f"{i}.png": photo(i) + rng.randbytes(1000) for i in range(8)}).read_bytes()
-    for place in [*range(0, 60, 10), *rng.sample(range(len(whole)), 20)]:
+    for place in [0, 3, 10, 20, 40, *rng.sample(range(len(whole)), 12)]:
         rest = bytes([whole[place] ^ rng.randrange(1, 256)]) + whole[place + 1:]
         path.write_bytes(whole[:place] + (rest if damage == "flipped" else b""))
         try:
@@ -823,18 +821,18 @@ def test_the_way_out_is_named(tmp_path, capsys, monkeypatch, argv, code, expecte
 
 def test_manifest_tells_all(tmp_path):
     """Batches of at most 200 uint8 faces with their SHA-256, settings, source and skipped files; a contact sheet."""
-    files = {f"{i:03}.png": photo(i) for i in range(405)} | {"bad.png": b"bad"}
+    files = {f"{i:03}.png": photo(i) for i in range(205)} | {"bad.png": b"bad"}
     source, data = pack(tmp_path / "photos", files), tmp_path / "data"
     manifest = prepared(source, data, seed=3)
     assert manifest == json.loads((data / "manifest.json").read_text()) == prepared(source, data, seed=3)
-    assert (manifest["count"], manifest["source"], manifest["photos_found"]) == (405, str(source), 406)
+    assert (manifest["count"], manifest["source"], manifest["photos_found"]) == (205, str(source), 206)
     assert manifest["settings"] == {"dataset": str(source), "demo": False, "download": False, "data": str(data),
                                     "size": 32, "crop": 1.0, "per_person": 0, "limit": 2000, "seed": 3, "png": None}
-    assert [batch["count"] for batch in manifest["batches"]] == [200, 200, 5] and list(reasons(manifest)) == ["bad.png"]
+    assert [batch["count"] for batch in manifest["batches"]] == [200, 5] and list(reasons(manifest)) == ["bad.png"]
     packed = [(data / batch["file"]).read_bytes() for batch in manifest["batches"]]
     assert [hashlib.sha256(p).hexdigest() for p in packed] == [batch["sha256"] for batch in manifest["batches"]]
     faces = torch.cat([torch.load(io.BytesIO(gzip.decompress(p)), weights_only=True) for p in packed])
-    assert faces.dtype == torch.uint8 and faces.shape == (405, 3, 32, 32)
+    assert faces.dtype == torch.uint8 and faces.shape == (205, 3, 32, 32)
     assert torch.equal(faces, gan.load_faces(data)[0])
     with Image.open(data / "faces.png") as sheet:
         assert sheet.size == (10 * 34 + 2, 10 * 34 + 2)  # 10×10 faces of 32 pixels, 2 between and around
@@ -875,21 +873,36 @@ def earlier(tmp_path, dataset) -> Path:
 def test_full_disk_at_every_step(tmp_path, earlier, capsys, monkeypatch):
     """Whichever replacing of a file fails, one line says so and the earlier dataset loads whole, or the new one."""
     source, old, real = pack(tmp_path / "photos", PEOPLE), gan.load_faces(earlier)[0], os.replace
-    arguments = ["prepare", "--dataset", str(source), "--data", str(earlier), "--size", "32"]
-    for failing in range(10):  # batch, its faces, its note, for both kinds; two files into place; manifest; contact sheet
+    arguments, whole = ["prepare", "--dataset", str(source), "--data", str(earlier), "--size", "32"], []
+    for failing in range(9):  # each time two files: held out, to train on, these in place; manifest and contact sheet
         left = iter([False] * failing + [True])
-        shutil.rmtree(earlier / ".gan-prepare", ignore_errors=True)  # or it would go on from the last batch
 
-        def replace(old, new, left=left):
+        def replace(old_path, new_path, left=left):
             if next(left, False):
-                raise OSError(28, "No space left on device", str(new))
-            real(old, new)
+                raise OSError(28, "No space left on device", str(new_path))
+            real(old_path, new_path)
         monkeypatch.setattr(os, "replace", replace)
-        assert "No space left" in error_line(capsys, *arguments) and not list(earlier.rglob("*.tmp"))
+        code, lines = gan.main(arguments), capsys.readouterr().err.splitlines()
         faces = gan.load_faces(earlier)[0]
-        assert torch.equal(faces, old) or failing == 9 and len(faces) == 15
-    monkeypatch.undo()
-    assert gan.main(arguments) == 0 and len(gan.load_faces(earlier)[0]) == 15 and only_ours(earlier)
+        whole.append("new" if len(faces) == 15 else "old" if torch.equal(faces, old) else "neither")
+        assert not list(earlier.glob(".gan-*"))
+        assert failing == 8 or code == 1 and len(lines) == 1 and "No space left" in lines[0]
+    assert whole == ["old"] * 7 + ["new"] * 2 and code == 0 and only_ours(earlier)
+
+
+def test_a_full_disk_while_an_archive_is_unpacked(tmp_path, earlier, capsys, monkeypatch):
+    """Is no fault of the photos: one line, and the earlier dataset stays."""
+    left = iter([True] * 5)
+
+    def write_bytes(path, data, real=Path.write_bytes):
+        if not next(left, False):
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, data)
+    source, old = pack(tmp_path / "a.tgz", PEOPLE), gan.load_faces(earlier)[0]
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    line = error_line(capsys, "prepare", "--dataset", source, "--data", earlier, "--size", "32")
+    assert "cannot unpack photos" in line and "No space left" in line
+    assert torch.equal(gan.load_faces(earlier)[0], old) and not list(earlier.glob(".gan-*"))
 
 
 KILLER = """
@@ -898,125 +911,57 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import gan
 os.fsync = lambda file: None  # a process that is killed loses nothing of what it wrote
-EVENTS = "open os.rename os.remove os.mkdir os.rmdir os.truncate mmap.__new__ shutil.rmtree".split()
+EVENTS = "os.rename os.remove os.mkdir os.rmdir os.truncate".split()
 
-def killed_at(step):
-    shutil.rmtree("data", True)
-    shutil.copytree("earlier", "data")
+def prepare(data):
+    gan.prepare(gan.PrepareSettings(dataset="photos.tgz", data=data, size=32, limit=2))
+
+def changes_files(event, arguments):
+    return event in EVENTS or event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+
+def killed_at(step, data):
+    shutil.copytree("earlier", data)
     if not (child := os.fork()):
         left = iter(range(step - 1, -1, -1))
-        sys.addaudithook(lambda event, _: event in EVENTS and next(left, 1) == 0
+        sys.addaudithook(lambda *what: changes_files(*what) and next(left, 1) == 0
                          and os.kill(os.getpid(), signal.SIGKILL))
-        gan.prepare(gan.PrepareSettings(demo=True, size=32, limit=3))
+        prepare(data)
         os._exit(0)
     return os.waitpid(child, 0)[1] == signal.SIGKILL
 
+prepare("whole")  # what it loads the children have, too
 counts = []
-while killed_at(len(counts) + 1):
-    counts.append(len(gan.load_faces(Path("data"))[0]))
-killed_at(counts.index(3))
+while killed_at(len(counts) + 1, data := f"killed-{len(counts)}"):
+    counts.append(len(gan.load_faces(Path(data))[0]))
 print(json.dumps(counts))
 """
 
 
 @posix
 def test_sigkill_before_every_file_operation(tmp_path, earlier):
-    """A real SIGKILL before each open, rename, remove ... leaves the earlier dataset whole, or the new one whole."""
+    """A real SIGKILL before whatever changes a file leaves the earlier dataset whole, or the new one whole; the next
+    prepare removes what the killed one left, be it of the archive, of batches or of the earlier dataset."""
     earlier.rename(tmp_path / "earlier")
+    pack(tmp_path / "photos.tgz", {f"{i}.png": photo(i) for i in range(3)})
     done = subprocess.run([sys.executable, "-c", KILLER, str(ROOT)], cwd=tmp_path, capture_output=True, text=True,
                           timeout=120, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     # Faces in the dataset after a kill before the first, second ... operation
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert len(counts) >= 10 and counts == sorted(counts, reverse=True) and set(counts) == {64, 3}
-    assert len(gan.load_faces(earlier)[0]) == 64 and not only_ours(earlier)  # killed just before the new one stood
-    prepared(pack(tmp_path / "photos", PEOPLE), earlier)
-    assert len(seen(earlier)) == 15 and only_ours(earlier)
-
-
-RESUMER = """
-import json, os, signal, sys, threading
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import gan
-decode, write, decoded = gan.decode_faces, gan.atomic_write, []
-gan.decode_faces = lambda *arguments: decoded.append(1) or decode(*arguments)
-
-def prepared_until(last):
-    done = set()
-    def write_until(path, data):
-        if path.name == "faces-00002.note" and "faces-00001.note" in last:
-            threading.Event().wait()  # threads may write the later batch first
-        write(path, data)
-        done.add(path.name)
-        if last and last <= done:
-            os.kill(os.getpid(), signal.SIGKILL)
-    gan.atomic_write = write_until
-    decoded.clear()
-    manifest = gan.prepare(gan.PrepareSettings(dataset="photos", data="data", size=32, crop=1.0, limit=0))
-    return manifest, len(decoded)
-
-for last in {"held-out-00000.note"}, {"faces-00000.note", "faces-00001.note"}, {"manifest.json"}:
-    if not (child := os.fork()):
-        prepared_until(last)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    if not (child := os.fork()):
-        print(json.dumps(prepared_until(set())), flush=True)
-        os._exit(0)
-    os.waitpid(child, 0)
-"""
-
-
-@posix
-def test_a_killed_prepare_goes_on_where_it_was(tmp_path):
-    """SIGKILL after the held-out batch, after two of three batches, and before the end: the same dataset, skipped photos
-    included, and no photo is decoded again but the last one before each gap."""
-    files = {f"{i:03}.png": b"bad" if i % 10 == 7 else photo(i) for i in range(700)}
-    source = pack(tmp_path / "photos", files)
-    whole = prepared(source, tmp_path / "whole", limit=0)
-    done = subprocess.run([sys.executable, "-c", RESUMER, str(ROOT)], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=120, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(results) == 3 and done.stdout.count("going on after") >= 4
-    made, trained = map(int, re.findall(r"made (\d+) faces", done.stdout)), whole["count"]
-    assert list(made) == [trained, trained - 400, 0]  # by what went on, not by what was killed
-    for manifest, _ in results:
-        assert {**manifest, "settings": 0, "source": 0} == {**whole, "settings": 0, "source": 0}
-    apart = len(gan.choose_held_out(sorted(files), 10**6))
-    assert results[0][1] <= 700 - apart + 8 and results[1][1] <= 700 - apart - 400 + 8 and results[2][1] <= 8
-    assert seen(tmp_path / "data") == seen(tmp_path / "whole")
-
-
-def test_a_stopped_prepare_goes_on_within_a_photo(tmp_path, monkeypatch):
-    """Three faces a photo, so that each batch ends at another one of them: none is lost, none comes twice."""
-    pytest.importorskip("cv2")
-    monkeypatch.setattr(gan, "find_faces", lambda image: [(10.0 * i, 0.0, 10.0 * i + 40, 40.0) for i in range(3)])
-    source = pack(tmp_path / "photos", {f"{i:03}.png": encoded(Image.new("RGB", (60, 40), (i, 0, 0))) for i in range(250)})
-    write, second = gan.atomic_write, threading.Event()
-
-    def write_two_batches(path, data):
-        if path.name == "faces-00002.note":
-            assert second.wait(60)  # threads may write the later batch first
-            raise KeyboardInterrupt
-        write(path, data)
-        if path.name == "faces-00001.note":
-            second.set()
-
-    def manifest(data: str) -> dict:
-        return gan.prepare(gan.PrepareSettings(dataset=str(source), data=str(tmp_path / data), size=32, crop="face", limit=0))
-    whole = manifest("whole")
-    monkeypatch.setattr(gan, "atomic_write", write_two_batches)
-    with pytest.raises(KeyboardInterrupt):
-        manifest("data")
-    monkeypatch.setattr(gan, "atomic_write", write)
-    assert manifest("data")["batches"] == whole["batches"] and whole["count"] == 600
-    assert faces_told(tmp_path / "data") == faces_told(tmp_path / "whole")
+    new = counts.index(2)
+    assert new >= 10 and counts == [64] * new + [2] * (len(counts) - new)
+    left = " ".join(str(path.relative_to(tmp_path)) for path in tmp_path.glob("killed-*/**/*"))
+    for kind in (r"\.gan-prepare/photo-\d", r"\.gan-prepare/faces-\S+\.gz", r"\d/\.gan-manifest\S+\.tmp"):
+        assert re.search(kind, left)
+    source = pack(tmp_path / "photos", PEOPLE)
+    for data in tmp_path.glob("killed-*"):
+        prepared(source, data)
+        assert len(seen(data)) == 15 and only_ours(data)
 
 
 def test_ctrl_c_cleans_up(tmp_path, earlier, monkeypatch):
-    """Ctrl-C while photos are decoded ends with code 130; the earlier dataset is as it was, and the next one replaces it
-    and what was left."""
-    before, source, face = listing(earlier), pack(tmp_path / "photos", PEOPLE), np.zeros((32, 32, 3), np.uint8)
+    """Ctrl-C while photos are decoded ends with code 130; the folder is as it was, and the next prepare replaces the
+    dataset in it."""
+    before, source, face = listing(earlier), pack(tmp_path / "photos.zip", PEOPLE), np.zeros((32, 32, 3), np.uint8)
     left = iter([face] * 3)
 
     def decode(*_):
@@ -1025,9 +970,44 @@ def test_ctrl_c_cleans_up(tmp_path, earlier, monkeypatch):
         return [((0, 0, 32, 32), found)], []
     monkeypatch.setattr(gan, "decode_faces", decode)
     assert gan.main(["prepare", "--dataset", str(source), "--data", str(earlier), "--size", "32"]) == 130
-    assert listing(earlier, ".gan-prepare") == before
+    assert listing(earlier) == before
     monkeypatch.undo()
     assert prepared(source, earlier)["count"] == 15 and only_ours(earlier)
+
+
+def test_faces_that_do_not_fit_are_mapped(tmp_path, monkeypatch):
+    """They are unpacked into one file, once, and give the same epochs as those in memory; the next prepare removes the
+    file."""
+    monkeypatch.setattr(gan, "BATCH_FILE_FACES", 7)
+    source, data = pack(tmp_path / "photos", {f"{i}.png": photo(i) for i in range(30)}), tmp_path / "data"
+    prepared(source, data)
+    resident = gan.TrainingFaces(data, 8, 3, torch.device("cpu"))
+    monkeypatch.setattr(gan, "free_memory", lambda device: 0)
+    mapped = gan.TrainingFaces(data, 8, 3, torch.device("cpu"))
+    path, = data.glob(".gan-*")
+    assert sys.platform != "linux" or str(path) in Path("/proc/self/maps").read_text()
+    assert path.read_bytes() == resident.images.numpy().tobytes() and len(resident.files) == 5
+    monkeypatch.setattr(gan, "whole_file", None)  # the file is not made again
+    for faces in mapped, gan.TrainingFaces(data, 8, 3, torch.device("cpu")):
+        assert torch.equal(faces.images, resident.images) and faces.minibatches == 3
+        assert all(torch.equal(torch.cat([*faces.epoch(number)]), torch.cat([*resident.epoch(number)]))
+                   for number in (0, 1))
+    monkeypatch.undo()
+    prepared(source, data, seed=1)
+    assert only_ours(data)
+
+
+def test_mapped_faces_of_a_damaged_dataset(tmp_path, earlier, monkeypatch):
+    """The line names the batch, and no half a file is left; with the batch mended the faces are mapped."""
+    path, = earlier.glob("faces-*.gz")
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    monkeypatch.setattr(gan, "free_memory", lambda device: 0)
+    with pytest.raises(gan.UserError, match=re.escape(str(path))):
+        gan.load_faces(earlier)
+    assert not list(earlier.glob(".gan-*"))
+    path.write_bytes(good)
+    assert len(gan.load_faces(earlier)[0]) == 64 and len(gan.load_faces(earlier, "held_out")[0]) == 0
 
 
 @pytest.mark.parametrize("file, damage", [
@@ -1049,7 +1029,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers(-2, 300) | st.floats
                     extend=lambda a: st.lists(a, max_size=2) | st.dictionaries(st.text(max_size=3), a, max_size=2))
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_changed_manifest_never_gives_wrong_faces(dataset, earlier, data):
     """Whatever one value of the manifest is changed to: the same faces, or an error of one line."""
@@ -1064,7 +1044,7 @@ def test_changed_manifest_never_gives_wrong_faces(dataset, earlier, data):
         assert str(earlier) in str(error) and "\n" not in str(error)
 
 
-# Numbers and drawn faces
+# Numbers and cartoon faces
 
 @given(st.lists(st.floats(-10, 10, width=32), min_size=1))
 def test_images_and_faces_are_inverse_and_round_to_the_nearest(numbers):
@@ -1074,13 +1054,13 @@ def test_images_and_faces_are_inverse_and_round_to_the_nearest(numbers):
     assert np.abs(gan.to_image(torch.tensor(numbers)).numpy() - exact).max() <= 0.5 + 1e-4
 
 
-def test_drawn_faces_depend_on_the_seed_and_differ(tmp_path):
-    """The same seed draws the same bytes, another seed others; of 50 faces no two are alike; a fifth comes on top."""
-    first, again, other = (prepared(None, tmp_path / name, demo=True, limit=50, seed=seed)
+def test_cartoon_faces_depend_on_the_seed_and_differ(tmp_path):
+    """The same seed gives the same bytes, another seed others; of 20 faces no two are alike; a fifth comes on top."""
+    first, again, other = (prepared(None, tmp_path / name, demo=True, limit=20, seed=seed)
                            for name, seed in [("a", 1), ("b", 1), ("c", 2)])
-    assert first["batches"] == again["batches"] != other["batches"] and first["photos_found"] == 62
+    assert first["batches"] == again["batches"] != other["batches"] and first["photos_found"] == 25
     faces = gan.load_faces(tmp_path / "a")[0].float().flatten(1)
-    apart = torch.cdist(faces, faces, p=1) / faces.shape[1] + 1000 * torch.eye(50)
+    apart = torch.cdist(faces, faces, p=1) / faces.shape[1] + 1000 * torch.eye(20)
     assert apart.min() > 8  # of 255, on average over all pixels
 
 
@@ -1121,7 +1101,8 @@ def test_download_through_the_real_kagglehub(tmp_path, monkeypatch):
         for name in ("HOME", "USERPROFILE", "KAGGLEHUB_CACHE", "KAGGLE_CONFIG_DIR"):
             monkeypatch.setenv(name, str(tmp_path / "home"))
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setitem(environment._env_to_endpoint, environment.get_env(), f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setitem(environment._env_to_endpoint, environment.get_env(),
+                            f"http://127.0.0.1:{server.server_port}")
         first, again = (prepared(None, tmp_path / "data", download=True) for _ in range(2))
         server.shutdown()
     assert first == again and sorted(seen(tmp_path / "data")) == [10 * p + n for p in range(5) for n in range(3)]

@@ -198,7 +198,7 @@ def test_distance_is_rms_in_grey_levels():
 
 
 def test_a_face_of_the_network_is_found_again():
-    """A photo that a network drew itself is approached step by step, much nearer than the best of 256 at random."""
+    """A photo that a network made itself is approached step by step, much nearer than the best of 256 at random."""
     torch.manual_seed(0)
     generator = gan.Generator(32, 8).eval()
     for layer in generator.layers:
@@ -208,7 +208,7 @@ def test_a_face_of_the_network_is_found_again():
     with torch.no_grad():
         target = generator(noise(1, 128, seed=7))[0]
         start = gan.distances_to(target, generator(gan.fit_start(generator, target, weights)[None]), weights).item()
-    distances = [distance for _, distance in gan.fits(generator, target, weights)]
+    distances = [distance for _, distance in gan.fit_photo(generator, target, weights)]
     assert distances[-1] < start / 2 and len(distances) <= 12
 
 

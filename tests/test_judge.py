@@ -10,7 +10,7 @@ from pathlib import Path
 import perceptual
 import pytest
 import torch
-from conftest import drawn_face, run_gan
+from conftest import cartoon_face, run_gan
 from skimage.metrics import structural_similarity
 from torch.nn import functional
 
@@ -21,13 +21,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def faces() -> tuple[torch.Tensor, torch.Tensor]:
-    """(Faces to train on, as many held-out ones): drawn ones of 48 pixels unless GAN_TEST_DATA names others."""
+    """(Faces to train on, as many held-out ones): cartoon faces of 48 pixels unless GAN_TEST_DATA names others."""
     if "GAN_TEST_DATA" in os.environ:
-        data = Path(os.environ["GAN_TEST_DATA"])
-        return gan.load_faces(data)[0], gan.load_faces(data, "held_out")[0][:1000]
+        own = Path(os.environ["GAN_TEST_DATA"])
+        return gan.load_faces(own)[0], gan.load_faces(own, "held_out")[0][:1000]
     with gan.ThreadPoolExecutor() as pool:
-        drawn = list(pool.map(lambda i: torch.tensor(drawn_face(5, i, 48)), range(800)))
-    return torch.stack(drawn).permute(0, 3, 1, 2).contiguous().split(400)
+        found = list(pool.map(lambda i: torch.tensor(cartoon_face(5, i, 48)), range(800)))
+    return torch.stack(found).permute(0, 3, 1, 2).contiguous().split(400)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def repeated(images, kinds: int):
 
 
 def principal_components(faces, count: int, kept: int):
-    """Faces drawn from the normal distribution of the training faces' first principal components."""
+    """Samples of the normal distribution of the training faces' first principal components."""
     flat = faces.flatten(1).float()
     _, spread, directions = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     numbers = torch.randn(count, kept, generator=torch.Generator().manual_seed(0)) * spread[:kept] / len(faces) ** 0.5
@@ -62,15 +62,14 @@ def test_worse_faces_score_worse(faces, judge):
     training, chance = faces[0], torch.Generator().manual_seed(1)
     others = training[torch.randperm(len(training), generator=chance)[:judge.count]]
     noise = torch.randint(0, 256, others.shape, generator=chance, dtype=torch.uint8)
-    worse = {"reals": others, "slight": blurred(others, 0.7), "strong": blurred(others, 1.5), "noise": noise}
-    fewer = {"reals": others, "half": repeated(others, len(others) // 2), "50": repeated(others, 50),
-             "5": repeated(others, 5)}
-    for series in (worse, fewer):
+    real, slight, strong, noisy, half, fifty, five, pca = (judge.score(images) for images in (
+        others, blurred(others, 0.7), blurred(others, 1.5), noise, repeated(others, len(others) // 2),
+        repeated(others, 50), repeated(others, 5),
+        principal_components(training, len(others), min(200, len(training) // 3))))
+    for series in ((real, slight, strong, noisy), (real, half, fifty, five)):
         for score in ("distance", "frechet"):
-            distances = [judge.score(images)[score] for images in series.values()]
-            assert distances == sorted(distances) and len(set(distances)) == 4, (score, *series, distances)
-    pca = judge.score(principal_components(training, len(others), min(200, len(training) // 3)))
-    real, five = judge.score(others), judge.score(fewer["5"])
+            distances = [found[score] for found in series]
+            assert distances == sorted(distances) and len(set(distances)) == 4, (score, distances)
     assert pca["frechet"] > real["frechet"] and pca["distance"] > real["distance"], (pca, real)
     assert pca["coverage"] < real["coverage"], (pca, real)
     assert five["coverage"] < 0.1 < real["coverage"] and five["recall"] <= real["recall"]
@@ -86,13 +85,13 @@ def test_memory_tells_learning_by_heart(faces, judge):
 
 def test_figures_do_not_depend_on_the_batch_size(faces, judge, monkeypatch):
     """Nor on when they are taken."""
-    drawn = blurred(faces[1], 1.0)
-    first = judge.score(drawn)
+    generated = blurred(faces[1], 1.0)
+    first = judge.score(generated)
     monkeypatch.setattr(gan, "JUDGE_BATCH", 77)
-    assert gan.Judge(*faces, CPU).score(drawn) == pytest.approx(first, rel=1e-3, abs=2e-3)
+    assert gan.Judge(*faces, CPU).score(generated) == pytest.approx(first, rel=1e-3, abs=2e-3)
 
 
-def test_as_many_drawn_faces_as_real_ones(faces, judge):
+def test_as_many_generated_faces_as_real_ones(faces, judge):
     """Any other number is refused, and so are too few held-out faces."""
     with pytest.raises(ValueError, match="the number"):
         judge.score(faces[1][:-1])
@@ -186,26 +185,6 @@ def test_the_perceptual_tool_tells_how_to_call_it(data, tmp_path):
     assert told.returncode == 1 and len(told.stderr.splitlines()) == 1 and "pip install" in told.stderr
 
 
-def test_spectrum_of_known_waves():
-    """A wave of 8 cycles has its power there, and twice the amplitude is four times the power; noise has as much at each
-    frequency."""
-    row = 100 * torch.sin(torch.arange(80) * 2 * torch.pi * 8 / 80)
-    wave = row.expand(4, 3, 80, 80)
-    quiet, loud = (gan.spectrum((128 + k * wave).round().byte()) for k in (0.5, 1))
-    assert len(loud) == 40 and loud.argmax() == 7 and loud[20:].max() < 1e-3 * loud[7]
-    assert (loud / quiet)[7].item() == pytest.approx(4, rel=0.06)  # rounded to grey levels
-    noise = torch.randint(0, 256, (400, 3, 80, 80), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    power = gan.spectrum(noise)[2:]
-    assert (power / power.mean()).sub(1).abs().max() < 0.1
-
-
-def test_spectrum_of_drawn_faces_over_real_ones(faces, judge):
-    """1 for the real ones themselves; where a blur takes detail, less of it."""
-    assert judge.spectrum(faces[1][:judge.count]) == pytest.approx([1] * (faces[1].shape[-1] // 2))
-    soft = judge.spectrum(blurred(faces[1][:judge.count], 1.5))
-    assert soft[0] > 0.9 and soft[-1] < 0.1
-
-
 def test_distance_is_a_multiple_of_real_faces(faces, judge):
     """1 for training faces, whatever the held-out ones; 0 for the held-out ones themselves."""
     assert judge.score(faces[0][:judge.count])["distance"] == pytest.approx(1, abs=0.01)
@@ -231,10 +210,10 @@ def test_scores_are_those_of_earlier_versions():
         coarse, fine = (torch.rand(200, 3, side, side, generator=random) for side in (6, 48))
         x = functional.interpolate(coarse, size=48, mode="bicubic") + grain * (fine - 0.5)
         return (255 * x).round().clamp(0, 255).byte()
-    scores = gan.Judge(blots(0.1), blots(0.1), CPU).score(blots(0.3))
-    assert scores == pytest.approx({"distance": 1.4175, "frechet": 4.647, "precision": 0.8, "recall": 0.855,
-                                    "coverage": 0.985, "ms_ssim": 0.0631, "ms_ssim_real": 0.0737, "memory": 1.0238},
-                                   rel=2e-3)
+    found = gan.Judge(blots(0.1), blots(0.1), CPU).score(blots(0.3))
+    assert found == pytest.approx({"distance": 1.4175, "frechet": 4.647, "precision": 0.8, "recall": 0.855,
+                                   "coverage": 0.985, "ms_ssim": 0.0631, "ms_ssim_real": 0.0737, "memory": 1.0238},
+                                  rel=2e-3)
 
 
 def test_ms_ssim_of_known_pairs():
@@ -285,10 +264,10 @@ def test_collapse_is_a_clear_and_lasting_fall(judged, expected):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """400 drawn faces of 32 pixels and 100 held out."""
-    data = tmp_path_factory.mktemp("judged") / "data"
-    gan.prepare(gan.PrepareSettings(demo=True, data=str(data), size=32, limit=400))
-    return data
+    """400 cartoon faces of 32 pixels and 100 held out."""
+    folder = tmp_path_factory.mktemp("judged") / "data"
+    gan.prepare(gan.PrepareSettings(demo=True, data=str(folder), size=32, limit=400))
+    return folder
 
 
 def settings(data, run, **changes) -> gan.TrainSettings:
@@ -339,30 +318,32 @@ def test_the_judge_judges_checkpoints_as_training_did(data, judged_run, tmp_path
     assert told.returncode == 0 and "best" in told.stdout and "coverage" in told.stdout
 
 
-def test_collapse_is_told_shown_and_marked(data, tmp_path, monkeypatch, capsys):
+def test_collapse_is_told_shown_and_marked(tmp_path, monkeypatch, capsys):
     """A line, a mark in the log and a picture, once; with --stop-on-collapse the run ends, saved, with exit code 3.
     After the first bad judgement (epoch 3) each epoch is judged until it is known, also when the run goes on."""
     monkeypatch.setattr(gan, "collapsed", lambda judged, last=3: len(judged) >= 1 + last)
-    run, told = tmp_path / "run", capsys.readouterr
+    monkeypatch.setattr(gan, "LEAST_JUDGED", 20)
+    run, few, told = tmp_path / "run", tmp_path / "data", capsys.readouterr
+    gan.prepare(gan.PrepareSettings(demo=True, data=str(few), size=32, limit=80))
 
     def judged(run: Path) -> list[tuple[int, bool]]:
         return [(line["epoch"], line["collapsed"]) for line in gan.read_log(run) if "scores" in line]
-    assert gan.train(settings(data, run, epochs=8, keep_every=100, judge_every=2)) == 0
+    assert gan.train(settings(few, run, epochs=8, keep_every=100, save_every=100)) == 0
     assert judged(run) == [(2, False), (4, False), (5, False), (6, True), (8, True)]
     assert [path.name for path in run.glob("collapse-*.png")] == ["collapse-00006.png"]
     assert told().out.count("the faces have collapsed") == 1
     stopped = tmp_path / "stopped"
-    assert gan.train(settings(data, stopped, epochs=4)) == 0
-    assert gan.train(settings(data, stopped, epochs=8, stop_on_collapse=True)) == 3
+    assert gan.train(settings(few, stopped, epochs=4, save_every=100)) == 0
+    assert gan.train(settings(few, stopped, epochs=8, save_every=100, stop_on_collapse=True)) == 3
     assert judged(stopped) == [(2, False), (3, False), (4, False), (5, True)]
     assert gan.read_checkpoint(stopped / "last.pt")["progress"]["epoch"] == 5
 
 
 def test_the_most_similar_faces_are_found(faces, judge):
     """Two copies among other faces come first, and the nearest training face of a training face is itself."""
-    drawn = faces[1].clone()
-    drawn[7] = drawn[300] = faces[0][11]
-    rows = judge.most_similar(drawn, pairs=2).view(3, 2, *drawn.shape[1:])
+    generated = faces[1].clone()
+    generated[7] = generated[300] = faces[0][11]
+    rows = judge.most_similar(generated, pairs=2).view(3, 2, *generated.shape[1:])
     assert all(torch.equal(row[0], faces[0][11]) for row in rows)
 
 
@@ -406,8 +387,7 @@ def test_png_files_for_other_tools(tmp_path):
     """`prepare --png` leaves the training faces, no others, as they are."""
     done = run_gan("prepare", "--demo", "--limit", 12, "--size", 32, "--png", "pngs", cwd=tmp_path)
     assert done.returncode == 0
-    faces = gan.load_faces(tmp_path / "data")[0]
-    for i, face in enumerate(faces):
+    for i, face in enumerate(gan.load_faces(tmp_path / "data")[0]):
         with gan.Image.open(tmp_path / "pngs" / f"face-{i:05d}.png") as image:
             assert (gan.np.asarray(image) == face.permute(1, 2, 0).numpy()).all()
     assert len(list((tmp_path / "pngs").iterdir())) == 12

@@ -4,7 +4,7 @@ import math
 import pytest
 import reference
 import torch
-from conftest import drawn_face
+from conftest import cartoon_face
 
 import gan
 
@@ -18,7 +18,7 @@ def test_sizes_are_a_base_of_4_to_7_times_a_power_of_two():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_has_its_networks(size):
-    """At each size the generator draws faces of that size in [-1, 1] and the discriminator gives one number each."""
+    """At each size the generator makes faces of that size in [-1, 1] and the discriminator gives one number each."""
     faces = gan.Generator(size, 4)(torch.randn(2, 128))
     assert faces.shape == (2, 3, size, size)
     assert faces.abs().max() <= 1
@@ -44,7 +44,7 @@ def test_channels_are_capped_at_eight_widths():
     assert gan.stage_channels(256, 16) == (4, [128, 128, 128, 64, 32, 16, 8])
 
 
-@pytest.mark.parametrize(("model", "norm"), [("DCGAN", gan.BatchNorm), ("WGAN", gan.BatchNorm),
+@pytest.mark.parametrize(("model", "norm"), [("DCGAN", torch.nn.BatchNorm2d), ("WGAN", torch.nn.BatchNorm2d),
                                              ("WGAN-GP", gan.InstanceNorm)])
 def test_weights_are_those_of_the_plain_networks(model, norm):
     """Same number of layers and weights as the plain reference, and the same results; no biases but the norms' and that
@@ -68,16 +68,16 @@ def test_the_filter_is_the_binomial_one():
     assert board[1:-1, 1:-1].abs().max() == 0 and torch.all(constant[1:-1, 1:-1] == 5)
 
 
-def test_fine_detail_is_made_louder():
-    """Constants stay; boost 0 changes nothing; boost 1 makes a checkerboard four times as strong, and waves of 10 pixels
+def test_fine_detail_is_raised():
+    """Constants stay; gain 0 changes nothing; gain 1 makes a checkerboard four times as strong, and waves of 10 pixels
     by what the two filters leave of them."""
-    louder, side = gan.Louder().double(), 40
+    detail, side = gan.DetailBoost().double(), 40
     wave = torch.cos(2 * torch.pi * torch.arange(side, dtype=torch.double) / 10).expand(side, side)
     board = torch.tensor([[1.0, -1], [-1, 1]], dtype=torch.double).repeat(side // 2, side // 2)
     x = torch.stack([torch.full_like(board, 0.3), board, wave])[None]
-    assert torch.equal(louder(x), x)
-    louder.boost.fill_(1)
-    constant, fine, waves = louder(x)[0]
+    assert torch.equal(detail(x), x)
+    detail.gain.fill_(1)
+    constant, fine, waves = detail(x)[0]
     a = math.cos(math.pi / 10) ** 4
     b = a * math.cos(2 * math.pi / 10) ** 4
     inside = slice(6, -6)
@@ -112,17 +112,18 @@ def test_instance_norm_equals_the_librarys():
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_the_discriminators_input_gradient_is_autograds():
-    """Of scores by the louder faces, and what is derived from it by each weight: against autograd's second derivative."""
+def test_the_input_gradient_is_autograds():
+    """Of scores by the faces with their detail raised, and what is derived from it by each weight: against autograd's
+    second derivative."""
     torch.manual_seed(0)
     critic = gan.Discriminator(40, 4, gan.InstanceNorm).double()
     for weight in critic.parameters():
         torch.nn.init.normal_(weight, 0.1, 0.5)
-    critic.louder.boost.fill_(0.5)
+    critic.detail.gain.fill_(0.5)
     faces = torch.randn(3, 3, 40, 40, dtype=torch.double)
-    louder = critic.louder(faces).requires_grad_()
-    expected, = torch.autograd.grad(critic.layers(louder).sum(), louder, create_graph=True)
-    gradient = critic.input_gradient(faces)
+    raised = critic.detail(faces).requires_grad_()
+    expected, = torch.autograd.grad(critic.layers(raised).sum(), raised, create_graph=True)
+    gradient = gan.input_gradient(critic.layers, critic.detail(faces))
     assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-12)
     weights = list(critic.parameters())
     seconds = (torch.autograd.grad(g.flatten(1).norm(dim=1).sum(), weights) for g in (gradient, expected))
@@ -131,7 +132,7 @@ def test_the_discriminators_input_gradient_is_autograds():
 
 
 def test_initial_weights_depend_on_the_seed_alone():
-    """The same seed gives the same weights whatever was drawn before, another one others; nobody's numbers change."""
+    """The same seed gives the same weights whatever numbers were taken before, another one others; nobody's numbers change."""
     torch.manual_seed(7)
     first, expected = gan.seeded(1, gan.Generator, 32, 4), torch.rand(1, generator=torch.Generator().manual_seed(7))
     assert torch.rand(1) == expected
@@ -142,7 +143,7 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 def test_the_first_penalties_are_moderate():
     """A critic that begins with huge gradients hardly learns for a thousand updates: DCGAN's N(0, 0.02) gave 645."""
-    faces = torch.from_numpy(gan.np.stack([drawn_face(0, i, 80) for i in range(20)])).permute(0, 3, 1, 2)
-    pair = gan.Pair(gan.TrainSettings(width=16, balance=1000), 80, torch.device("cpu"))
-    penalty = dict(zip(gan.COLUMNS, pair.train_on(gan.to_face(faces)), strict=True))["gradient_penalty"]
-    assert penalty < 60
+    faces = torch.from_numpy(gan.np.stack([cartoon_face(0, i, 80) for i in range(20)])).permute(0, 3, 1, 2)
+    trainer = gan.Trainer(gan.TrainSettings(width=16, balance=1000), 80, torch.device("cpu"))
+    trainer.train_minibatch(gan.to_face(faces))
+    assert dict(zip(gan.COLUMNS, trainer.rows[-1], strict=True))["gradient_penalty"] < 60

@@ -22,59 +22,59 @@ def wrong_penalty(discriminator, real, fake, mix):
     return 10 * ((gradient.norm(2, dim=1) - 1) ** 2).mean()
 
 
-class Linear(torch.nn.Module):
-    """A critic whose gradient is the same everywhere: `slope` at each input."""
+class Critic(torch.nn.Module):
+    """Scores of faces (N, 3, S, S) by a function of them, whose gradient autograd finds."""
 
-    def __init__(self, slope):
+    def __init__(self, score, monkeypatch):
         super().__init__()
-        self.slope = slope
+        self.detail, self.layers = torch.nn.Identity(), score
+        monkeypatch.setattr(gan, "input_gradient", lambda layers, x: torch.autograd.grad(
+            layers(x.requires_grad_()).sum(), x)[0])
 
     def forward(self, x):
-        return (x * self.slope).flatten(1).sum(1)
-
-    def input_gradient(self, x):
-        return self.slope.expand_as(x)
+        return self.layers(self.detail(x))
 
 
-class Quadratic(torch.nn.Module):
-    """A critic |x|²/2, whose gradient is x itself, so that it shows where the penalty looks."""
+def linear(slope):
+    """A score whose gradient is the same everywhere."""
+    return lambda x: (x * slope).flatten(1).sum(1)
 
-    def forward(self, x):
-        return x.square().flatten(1).sum(1) / 2
 
-    def input_gradient(self, x):
-        return x
+def quadratic(x):
+    """|x|²/2, whose gradient is x itself, so that it shows where the penalty looks."""
+    return x.square().flatten(1).sum(1) / 2
 
 
 @pytest.mark.parametrize("penalty", [objective("WGAN-GP").penalty, wrong_penalty])
-def test_penalty_of_a_linear_critic(penalty):
+def test_penalty_of_a_linear_critic(monkeypatch, penalty):
     """10 · (‖slope‖ − 1)²: exactly 0 for a slope of norm 1. The wrong variant is told apart."""
     slope = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
     slope /= slope.norm()
     real, fake, mix = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8), torch.rand(5)
-    values = [penalty(Linear(factor * slope), real, fake, mix).item() for factor in (1.0, 3.0, 0.5)]
+    critics = [Critic(linear(factor * slope), monkeypatch) for factor in (1.0, 3.0, 0.5)]
+    values = [penalty(critic, real, fake, mix).item() for critic in critics]
     right = values == pytest.approx([0, 40, 2.5], abs=1e-4)
     assert right == (penalty is not wrong_penalty)
 
 
 @pytest.mark.parametrize("penalty", [objective("WGAN-GP").penalty, wrong_penalty])
-def test_penalty_looks_between_the_real_and_the_fake(penalty):
+def test_penalty_looks_between_the_real_and_the_fake(monkeypatch, penalty):
     """At real·mix + fake·(1 − mix), one mix a sample: a critic whose gradient is its input shows the place."""
     real, fake = torch.full((4, 3, 2, 2), 2.0), torch.full((4, 3, 2, 2), -1.0)
     mix = torch.tensor([0.0, 0.25, 0.5, 1.0])
     places = 2 * mix - (1 - mix)
     expected = 10 * (places.abs() * math.sqrt(12) - 1).square().mean()
-    right = torch.isclose(penalty(Quadratic(), real, fake, mix), expected, rtol=1e-5)
+    right = torch.isclose(penalty(Critic(quadratic, monkeypatch), real, fake, mix), expected, rtol=1e-5)
     assert right == (penalty is not wrong_penalty)
 
 
 def test_mixing_weights_in_training_are_uniform_one_a_sample(monkeypatch):
     """What the loop hands to the penalty lies in [0, 1], a number a sample, with a uniform's mean and variance."""
     mixes = []
-    pair = gan.Pair(gan.TrainSettings(width=4, balance=1000), 32, torch.device("cpu"))
-    monkeypatch.setattr(pair.objective, "penalty", lambda d, real, fake, mix: mixes.append(mix) or real.new_zeros(()))
+    trainer = gan.Trainer(gan.TrainSettings(width=4, balance=1000, precision="fp32"), 32, torch.device("cpu"))
+    monkeypatch.setattr(trainer.objective, "penalty", lambda d, real, fake, mix: mixes.append(mix) or real.new_zeros(()))
     for _ in range(20):
-        pair.train_on(torch.zeros(50, 3, 32, 32))
+        trainer.train_minibatch(torch.zeros(50, 3, 32, 32))
     mix = torch.cat(mixes)
     assert mix.shape == (1000,) and mix.min() >= 0 and mix.max() <= 1
     assert abs(mix.mean() - 1 / 2) < 0.04 and abs(mix.var() - 1 / 12) < 0.01
@@ -99,15 +99,15 @@ def test_penalty_gradient_matches_finite_differences():
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx((gradient * direction).sum().item(), rel=1e-4)
 
 
-def test_fine_detail_gets_louder_for_wgan_gp_alone():
+def test_fine_detail_is_raised_for_wgan_gp_alone():
     """From 10,000 to 40,000 images seen, and less again until 100,000; training tells the discriminator."""
     seen = (0, 10_000, 25_000, 40_000, 70_000, 10**7)
-    assert [objective("WGAN-GP").boost(images) for images in seen] == [0, 0, 0.5, 1, 0.65, 0.3]
-    assert {objective(model).boost(images) for model in ("DCGAN", "WGAN") for images in seen} == {0}
-    pair = gan.Pair(gan.TrainSettings(width=4), 32, torch.device("cpu"))
-    pair.progress.images_seen = 25_000
-    pair.train_on(torch.zeros(2, 3, 32, 32))
-    assert pair.discriminator.louder.boost == 0.5
+    assert [objective("WGAN-GP").detail_gain(images) for images in seen] == [0, 0, 0.5, 1, 0.65, 0.3]
+    assert {objective(model).detail_gain(images) for model in ("DCGAN", "WGAN") for images in seen} == {0}
+    trainer = gan.Trainer(gan.TrainSettings(width=4), 32, torch.device("cpu"))
+    trainer.progress.images_seen = 25_000
+    trainer.train_minibatch(torch.zeros(2, 3, 32, 32))
+    assert trainer.discriminator.detail.gain == 0.5
 
 
 def test_dcgan_losses_are_cross_entropy():

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: sliders, buttons and the picture, against faces drawn independently of the server."""
+"""The page in headless Chromium: sliders, buttons and the picture, against faces generated without the server."""
 import base64
 import io
 import json
@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
-from conftest import drawn_face
+from conftest import cartoon_face
 from PIL import Image
 from soak import PATIENCE
 from test_server import BASE, CPU, FILES, oracle, same, serving, vivid_copy
@@ -138,7 +138,7 @@ def seen(page, canvas="#face") -> np.ndarray:
 
 
 def enlarged(page, path: Path, values, pixels=FACE) -> np.ndarray:
-    """This checkpoint's face, drawn without the server and enlarged by the same browser."""
+    """This checkpoint's face, generated without the server and enlarged by the same browser."""
     png = gan.png_bytes(Image.fromarray(oracle(path, values).astype(np.uint8)))
     return pixels_of(page.evaluate(ENLARGED, [base64.b64encode(png).decode(), pixels]))
 
@@ -248,16 +248,16 @@ def test_number_boxes(page):
 
 
 def test_random_and_reset(page, server, run):
-    """Random draws a new face each time, from the standard normal distribution; Reset sets all numbers to 0."""
-    drawn = []
+    """Random makes a new face each time, from the standard normal distribution; Reset sets all numbers to 0."""
+    found = []
     for _ in range(5):
         asked(page, server)
         page.locator("#random").click()
         await_shown(page, sliders(page))
         (values, _), = asked(page, server)
         assert sliders(page) == values and shows(page, run / "last.pt", values)
-        drawn += values
-    assert len(set(drawn)) > 200 and abs(np.mean(drawn)) < 0.2 and 0.85 < np.std(drawn) < 1.15
+        found += values
+    assert len(set(found)) > 200 and abs(np.mean(found)) < 0.2 and 0.85 < np.std(found) < 1.15
     page.locator("#reset").click()
     await_shown(page, [0] * 128)
     assert sliders(page) == boxes(page) == [0] * 128
@@ -293,7 +293,7 @@ def test_save_png(page, run, tmp_path, scale):
 
 
 def test_checkpoint_menu(page, server, run):
-    """Choosing a checkpoint draws the same vector with it."""
+    """Choosing a checkpoint shows the same vector's face of it."""
     assert page.locator("#checkpoint option").evaluate_all("all => all.map(one => one.value)") == list(FILES)
     for name in ("2", "4", "last"):
         asked(page, server)
@@ -317,7 +317,7 @@ def test_checkpoint_menu_tells_what_the_judge_says(page, run):
 
 
 def test_one_request_in_flight_and_the_newest_next(page, server, run):
-    """While one face is drawn the page asks for no other; then it asks for the newest vector alone."""
+    """While one face is being made the page asks for no other; then it asks for the newest vector alone."""
     asked(page, server)
     server.site.gate.clear()
     page.locator("#s1").fill("1")
@@ -455,33 +455,77 @@ def test_paint(page):
     assert seen(page)[280:360, 256:384].mean() < before[280:360, 256:384].mean()
 
 
-def test_directions_and_their_names(page, server, run):
-    """Ten directions with strips; their sliders move along them; a name stays in the run, and undo covers it."""
+def names(page) -> list[str]:
+    """What stands in the boxes of the directions."""
+    return page.locator("#directions input[type=text]").evaluate_all("all => all.map(one => one.value)")
+
+
+def kept_names(page) -> dict[str, list[float]]:
+    """Name -> direction, as the browser keeps them."""
+    found = page.evaluate("Object.entries(localStorage).filter(([key]) => key.startsWith('names ')).map(([, text]) => text)")
+    return {kept["name"]: kept["vector"] for text in found for kept in json.loads(text)}
+
+
+def give_name(page, i, name) -> None:
+    box = page.locator("#directions input[type=text]").nth(i)
+    box.fill(name)
+    box.press("Enter")
+    page.locator("h1").click()
+
+
+def test_directions_and_their_names(page, server):
+    """Ten directions with strips; their sliders move along them; a name stays in this browser, and undo covers it."""
     page.locator("#tool-directions").click()
     page.locator("#directions .strip").nth(9).wait_for()
-    vectors = json.loads(gan.Site.respond(server.site, "GET", "/api/directions").body)["directions"]
-    expected = moved(vectors[2]["vector"], push_to_the_end(page, "#directions", 2))
+    vectors = [one["vector"] for one in json.loads(server.site.respond("GET", "/api/directions").body)["directions"]]
+    expected = moved(vectors[2], push_to_the_end(page, "#directions", 2))
     await_shown(page, expected)
-    box = page.locator("#directions input[type=text]").nth(2)
-    box.fill("smile <b>")
-    box.press("Enter")
-    page.locator("#status", has_text="stays with this run").wait_for()
-    page.locator("h1").click()
-    for press, name in (("z", ""), ("y", "smile <b>")):
-        with page.expect_response("**/api/directions/name") as answer:
-            page.keyboard.press(f"Control+{press}")
-        assert answer.value.json()["directions"][2]["name"] == box.input_value() == name
+    give_name(page, 2, " smile <b> ")
+    assert names(page) == ["", "", "smile <b>"] + [""] * 7 and kept_names(page) == {"smile <b>": vectors[2]}
+    for press, found in (("z", {}), ("y", {"smile <b>": vectors[2]})):
+        page.keyboard.press(f"Control+{press}")
+        assert names(page)[2] == "".join(found) and kept_names(page) == found
     page.reload()
     page.locator("#tool-directions").click()
     page.locator("#directions .strip").nth(9).wait_for()
-    assert page.locator("#directions input[type=text]").nth(2).input_value() == "smile <b>"
+    assert names(page) == ["", "", "smile <b>"] + [""] * 7
+
+
+def test_a_name_stays_with_what_training_makes_of_a_direction(page):
+    """What is nearly parallel in another checkpoint has the name, to be changed or taken away there; what is not has
+    none. What somebody else left in the browser's memory is no name and no fault."""
+    axes = np.eye(128)
+    directions = {"last": axes[:3], "2": [0.8 * axes[0] + 0.6 * axes[5], -axes[1], 0.95 * axes[2] + 0.3 * axes[6]]}
+    page.route("**/api/directions?*", lambda route: route.fulfill(json={"directions": [
+        {"vector": list(one), "strength": 1} for one in directions[parse_qs(urlsplit(route.request.url).query)["checkpoint"][0]]]}))
+
+    def choose(checkpoint, expected):
+        page.locator("#checkpoint").select_option(checkpoint)
+        page.wait_for_function("checkpoint => doc.panel?.sliders === directions[checkpoint]", arg=checkpoint)
+        assert names(page) == expected
+    page.evaluate("localStorage.setItem(`names ${model.run}`, '[null, 3, {\"name\": \"x\", \"vector\": [1]}]')")
+    page.reload()
+    page.locator("#numbers summary").click()
+    page.locator("#tool-directions").click()
+    page.locator("#directions .strip").nth(2).wait_for()
+    assert names(page) == [""] * 3
+    for i, name in enumerate(("one", "two", "three")):
+        give_name(page, i, name)
+    choose("2", ["", "", "three"])
+    give_name(page, 2, "four")
+    assert set(kept_names(page)) == {"one", "two", "four"}
+    choose("last", ["one", "two", "four"])
+    give_name(page, 2, "")
+    assert names(page) == ["one", "two", ""] and set(kept_names(page)) == {"one", "two"}
+    page.locator("#undo").click()
+    assert names(page) == ["one", "two", "four"] and set(kept_names(page)) == {"one", "two", "four"}
 
 
 # ---- photo ----
 
 def photo_file() -> dict:
-    """A photo of one drawn face for a file input."""
-    image = Image.fromarray(drawn_face(3, 7, 128)).resize((300, 300))
+    """A photo of one cartoon face for a file input."""
+    image = Image.fromarray(cartoon_face(3, 7, 128)).resize((300, 300))
     body = io.BytesIO()
     image.save(body, "JPEG")
     return {"name": "me.jpg", "mimeType": "image/jpeg", "buffer": body.getvalue()}
@@ -688,7 +732,8 @@ def test_is_it_a_copy(page):
 # ---- the exported file ----
 
 def test_exported_page(browser, run, tmp_path):
-    """It opens from a disk without a server, asks nobody, and draws the server's faces within 3 of 255."""
+    """It opens from a disk without a server, asks nobody, and makes the server's faces within 3 of 255; names of
+    directions stay in the browser."""
     settings = gan.ExportSettings(file=str(tmp_path / "faces.html"), run=str(run))
     assert gan.command_export(settings) == 0
     page = open_page(browser, "file:", "blob:", "data:")
@@ -706,5 +751,10 @@ def test_exported_page(browser, run, tmp_path):
     page.locator("#children button").nth(8).wait_for()
     page.locator("#keep").click()
     page.locator("#shelf .drop").wait_for()
+    page.locator("#tool-directions").click()
+    give_name(page, 3, "smile")
+    page.reload()
+    page.locator("#directions .strip").nth(9).wait_for()
+    assert names(page) == [""] * 3 + ["smile"] + [""] * 6 and list(kept_names(page)) == ["smile"]
     page.context.close()
     assert page.trouble == []

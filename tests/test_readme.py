@@ -1,5 +1,6 @@
 """The README is true: each of its commands runs, from top to bottom, on small data, and what it names is there."""
 import ast
+import inspect
 import re
 import runpy
 import shlex
@@ -10,7 +11,7 @@ from threading import Thread
 from urllib.request import urlopen
 
 import pytest
-from conftest import ROOT, drawn_face
+from conftest import ROOT, cartoon_face
 
 import gan
 
@@ -24,7 +25,6 @@ SMALL = {  # a command of gan.py that begins with this -> what it is given besid
     "eval": "--port 0",
     "demo": "--port 0"}
 NOT_RUN = {  # a command that begins with this -> why no test runs it
-    "curl": "wants a server that goes on; test_server.py and test_studio.py ask what it asks",
     "python3 -m venv": "whoever runs the tests has an environment",
     ".venv/bin/pip install": "installs over the network; .ci/run does it",
     ".venv/bin/python -m pytest": "is what is running now; .ci/run takes it from here",
@@ -79,16 +79,17 @@ def ask_once(server: gan.Server) -> None:
 
 @pytest.fixture
 def someones_folder(tmp_path, monkeypatch):
-    """A folder with photos.zip, two photos each of 250 people; the demo is small there, and a server is asked once."""
+    """A folder with photos.zip, two photos each of 100 people; datasets and the demo are small there, and a server is
+    asked once."""
     monkeypatch.chdir(tmp_path)
-    drawn = [drawn_face(1, index, 40) for index in range(25)]
+    cartoons = [cartoon_face(1, index, 40) for index in range(10)]
     with zipfile.ZipFile("photos.zip", "w") as archive:
-        for index in range(500):
-            photo = gan.np.uint8(drawn[index % 25] * (1 - index // 25 / 50))  # by a light of its own
+        for index in range(200):
+            photo = gan.np.uint8(cartoons[index % 10] * (1 - index // 10 / 50))  # by a light of its own
             archive.writestr(f"holiday/person-{index // 2}/{index % 2}.png", gan.png_bytes(gan.Image.fromarray(photo)))
     monkeypatch.setattr(gan.Server, "serve_forever", ask_once)
     prepare, train = gan.prepare, gan.train  # the demo calls them, and takes no flags
-    monkeypatch.setattr(gan, "prepare", lambda settings: prepare(replace(settings, limit=300)))
+    monkeypatch.setattr(gan, "prepare", lambda settings: prepare(replace(settings, limit=100)))
     monkeypatch.setattr(gan, "train", lambda settings: train(replace(settings, width=4, epochs=1, device="cpu")))
     return tmp_path
 
@@ -128,7 +129,8 @@ def test_flags_in_the_text_are_flags_of_gan_py():
     """Also those outside of the commands: a renamed flag must not live on in a sentence."""
     flags = {f"--{item.name.replace('_', '-')}" for declaration, _, _ in gan.COMMANDS.values()
              for item in gan.fields(declaration)}
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= flags | {"--help", "--nproc_per_node", "--max-restarts"}
+    flags |= {"--help", "--nproc_per_node", "--max-restarts"}  # the last two are torchrun's
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= flags
 
 
 def test_what_it_says_when_something_is_wrong_is_what_gan_py_says():
@@ -147,3 +149,9 @@ def test_the_files_that_it_links_to_exist():
     for page in (ROOT / "README.md", ROOT / "tests" / "RESULTS.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text("utf-8")):
             assert (page.parent / target).exists(), target
+
+
+def test_the_line_that_it_links_to_trains_a_minibatch():
+    """Where reading shall begin: the line of gan.py in which that method is defined."""
+    first = str(inspect.getsourcelines(gan.Trainer.train_minibatch)[1])
+    assert set(re.findall(r"\(gan\.py#L(\w+)\)", README)) <= {first}

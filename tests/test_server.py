@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import socket
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote
@@ -50,7 +49,7 @@ def vivid_copy(trained: Path, folder: Path) -> Path:
                 layer.reset_running_stats()
                 layer.momentum = None
         with torch.no_grad():
-            generator(gan.draw_latents(200, seed=0))
+            generator(gan.sample_latents(200, seed=0))
             generator.layers[-2].weight *= gain
         state["networks"]["averaged"] = generator.state_dict()
         gan.write_checkpoint(run / file, state)
@@ -58,8 +57,8 @@ def vivid_copy(trained: Path, folder: Path) -> Path:
 
 
 def oracle(path: Path, values, precision=nullcontext) -> np.ndarray:
-    """The face (S, S, 3) of one vector, drawn in float32 from the checkpoint file without any of gan.py's drawing code;
-    strips are drawn in gan.autocast(CPU), and vivid_copy's gain would make much of a difference that nobody sees."""
+    """The face (S, S, 3) of one vector, generated in float32 from the checkpoint file without any of gan.py's code for
+    that; strips are made in gan.autocast(CPU), and vivid_copy's gain would make much of a difference that nobody sees."""
     state = torch.load(path, weights_only=True)
     generator = gan.Generator(state["image_size"], state["settings"]["width"]).eval()
     generator.load_state_dict(state["networks"]["averaged"])
@@ -88,9 +87,9 @@ def target(values=BASE, **more) -> str:
 
 
 @contextmanager
-def serving(site: gan.Site):
+def serving(site: gan.Site, host="127.0.0.1"):
     """A server on a free port, in a thread."""
-    with gan.Server(site, "127.0.0.1", 0) as server:
+    with gan.Server(site, host, 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -139,7 +138,7 @@ def ask(client, method="GET", path="/", **options) -> tuple[int, bytes, http.cli
 
 @pytest.mark.parametrize("which", [None, *FILES])
 def test_face_is_the_averaged_generators(site, run, which):
-    """/generate answers the picture that the averaged weights of the asked checkpoint draw, and no other's."""
+    """/generate answers the picture that the averaged weights of the asked checkpoint make, and no other's."""
     answer = site.respond("GET", target() if which is None else target(checkpoint=which))
     assert (answer.status, answer.kind) == (200, "image/png")
     assert [same(picture(answer.body), oracle(run / file, BASE)) for file in FILES.values()] == [
@@ -230,7 +229,7 @@ def test_model_is_described(site, run):
     """/api/model names run, checkpoints with epochs, and sizes."""
     answer = site.respond("GET", "/api/model")
     facts = json.loads(answer.body)
-    assert answer.kind == "application/json" and facts["run"] == str(run) and isinstance(facts["directions"], list)
+    assert answer.kind == "application/json" and facts["run"] == str(run)
     assert (facts["latent_size"], facts["image_size"], facts["model"], facts["default"]) == (128, 32, "WGAN-GP", "last")
     assert {c["name"]: (c["epoch"], c["best"]) for c in facts["checkpoints"]} == {
         "last": (4, False), "2": (2, False), "4": (4, False)}
@@ -245,48 +244,8 @@ def test_the_scores_of_checkpoints_are_told(copied):
         "last": {"distance": 12.5}, "2": None, "4": {"distance": 12.5}}
 
 
-def test_threads_share_forward_passes(site, run, monkeypatch):
-    """Requests that wait at one moment are drawn together, and each gets its own face."""
-    come, sizes, to_image, real = threading.Semaphore(0), [], gan.to_image, gan.Model.draw
-
-    def waiting_image(faces):
-        if not sizes:  # the first pass ends when all have come
-            assert all(come.acquire(timeout=PATIENCE) for _ in range(16))
-        sizes.append(len(faces))
-        return to_image(faces)
-
-    def counted(self, *arguments):
-        come.release()
-        return real(self, *arguments)
-    monkeypatch.setattr(gan, "to_image", waiting_image)
-    monkeypatch.setattr(gan.Model, "draw", counted)
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda i: site.respond("GET", target(changed(i, 3))), range(16)))
-    assert sum(sizes) == 16 and len(sizes) < 16
-    assert all(same(picture(answer.body), oracle(run / "last.pt", changed(i, 3))) for i, answer in enumerate(answers))
-
-
-def test_a_drawing_that_fails_fails_for_all_who_wait_for_it(site, monkeypatch):
-    """And nobody waits for ever; the next face is drawn."""
-    model, go_on, asked_for = site.load(site.default_path), threading.Event(), threading.Semaphore(0)
-
-    class Told(list):
-        def append(self, z):
-            super().append(z)
-            asked_for.release()
-    model.thread.submit(go_on.wait, PATIENCE)  # the pass before
-    model.waiting = Told()
-    with monkeypatch.context() as broken, ThreadPoolExecutor(3) as pool:
-        broken.setattr(gan, "to_image", lambda faces: 1 // 0)
-        asked = [pool.submit(model.draw, torch.zeros(gan.LATENT_SIZE)) for _ in range(3)]
-        assert all(asked_for.acquire(timeout=PATIENCE) for _ in asked)
-        go_on.set()
-        assert all(type(future.exception(PATIENCE)) is ZeroDivisionError for future in asked)
-    assert site.respond("GET", target()).status == 200
-
-
 def test_newer_checkpoint_is_picked_up(copied):
-    """A last.pt that training replaced draws the next face; in the moment when it is away, the one before still does."""
+    """A last.pt that training replaced makes the next face; in the moment when it is away, the one before still does."""
     site, before = gan.Site(copied, None, CPU), oracle(copied / "last.pt", BASE)
     (copied / "last.pt").unlink()  # as between the two renames of a save
     assert same(picture(site.respond("GET", target()).body), before) and site.respond("GET", "/api/model").status == 200
@@ -339,12 +298,12 @@ def test_every_answer_is_fenced(client, method, path):
 @pytest.mark.parametrize("hosts, good", [
     (["127.0.0.1:{port}"], True), (["LocalHost:{port}"], True), (["evil.example:{port}"], False), (["127.0.0.1"], False),
     (["127.0.0.1:1"], False), (["localhost.evil.example:{port}"], False), (["a@127.0.0.1:{port}"], False), ([""], False),
-    ([":{port}"], False), ([], False), (["127.0.0.1:{port}", "127.0.0.1:{port}"], False)])
+    ([":{port}"], False), ([], False)])
 def test_host_must_be_our_own(server, hosts, good):
-    """A Host header that is absent, doubled or not this server's name and port is refused: DNS rebinding."""
+    """A Host header that is absent or not this server's name and port is refused: DNS rebinding."""
     lines = "".join(f"Host: {host.format(port=server.port)}\r\n" for host in hosts)
     answer = talk(server.port, f"GET / HTTP/1.1\r\n{lines}\r\n".encode())
-    assert statuses(answer)[0] in ([200] if good else [400, 403]) and (b"<html" in answer) == good
+    assert statuses(answer) == [200 if good else 403] and (b"<html" in answer) == good
 
 
 @pytest.mark.parametrize("host, names", [
@@ -374,7 +333,7 @@ def test_connection_is_kept(client):
     client.connect()
     first = client.sock
     for method, path, body, status in [("GET", target(), None, 200), ("GET", "/no", None, 404), ("HEAD", "/", None, 200),
-                                       ("POST", "/", b"GET /x HTTP/1.1\r\n\r\n", 405), ("GET", "/generate", b"x" * 600_000, 400),
+                                       ("POST", "/", b"GET /x HTTP/1.1\r\n\r\n", 405), ("GET", "/generate", bytes(gan.MAX_BODY_BYTES), 400),
                                        ("GET", "/", None, 200)]:
         found, content, headers = ask(client, method, path, body=body)
         assert found == status and client.sock is first
@@ -387,32 +346,54 @@ def test_head_is_get_without_body(client):
     assert status == got == 200 and body == b"" and head.items() == headers.items()
 
 
+def test_requests_may_be_sent_before_the_answers_come(server):
+    """Each is answered in its turn, what follows the last one that the client announces is not."""
+    three = [request(server.port, "HEAD"), request(server.port, "POST", "/no", "Content-Length: 2", body=b"{}"),
+             request(server.port, "GET", "/no", "Connection: close")]
+    assert statuses(talk(server.port, b"".join(three) + request(server.port))) == [200, 405, 404]
+
+
+@pytest.mark.parametrize("header", [[], ["Connection: keep-alive"]])
+def test_an_http_1_0_client_is_told_whether_the_connection_ends(server, header):
+    """It would wait for the end in vain otherwise."""
+    with connect(server.port) as client:
+        client.sendall(request(server.port, "GET", "/", *header, version="HTTP/1.0"))
+        if header:
+            client.sendall(request(server.port, version="HTTP/1.0"))
+        answer = read_all(client)
+    assert statuses(answer) == [200] * (1 + len(header)) and answer.count(b"\r\nConnection: close\r\n") == 1
+    assert answer.count(b"\r\nConnection: keep-alive\r\n") == len(header)
+
+
+def test_an_ipv6_address_is_served(site):
+    """In brackets in its URL and in the Host header."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("there is no IPv6 here")
+    with serving(site, "::1") as server, urlopen(server.url, timeout=PATIENCE) as answer:
+        assert server.url == f"http://[::1]:{server.port}/" and b"<html" in answer.read()
+
+
 @pytest.mark.parametrize("data, status", [
-    ("GET /" + "x" * gan.MAX_REQUEST_LINE, 414),
-    ("GET / HTTP/1.1\nHost: {host}\nX: " + "x" * gan.MAX_HEADER_BYTES, 431),
-    ("GET / HTTP/1.1\nHost: {host}\n" + ("X: " + "x" * 500 + "\n") * (gan.MAX_HEADER_BYTES // 500), 431),
+    ("GET /" + "x" * 65_536, 414), ("GET / HTTP/1.1\nHost: {host}\nX: " + "x" * 65_536, 431),
+    ("GET / HTTP/1.1\nHost: {host}\n" + "X: x\n" * 100, 431),
     (f"GET / HTTP/1.1\nHost: {{host}}\nContent-Length: {gan.MAX_BODY_BYTES + 1}\n\n", 413),
     ("GET / HTTP/1.1\nHost: {host}\nContent-Length: " + "9" * 5000 + "\n\n", 413),
     ("GET / HTTP/1.1\nHost: {host}\nContent-Length: -1\n\n", 400), ("GET / HTTP/1.1\nHost: {host}\nContent-Length: 1_0\n\n", 400),
     ("GET / HTTP/1.1\nHost: {host}\nContent-Length: 3\nContent-Length: 4\n\nabc", 400),
-    ("GET / HTTP/1.1\nHost: {host}\nno colon\nContent-Length: 3\n\nabc", 400),
+    ("GET / HTTP/1.1\nHost: {host}\nContent-Length: 4\n\nabc", 400),
     ("POST / HTTP/1.1\nHost: {host}\nTransfer-Encoding: chunked\n\n0\n\n", 400),
-    ("GET / HTTP/2.0\nHost: {host}\n\n", 400), ("GET / HTTP/1.x\nHost: {host}\n\n", 400), ("GET /\n\n", 400),
-    ("GET / HTTP/0.9\nHost: {host}\n\n", 400), ("garbage\n\n", 400), ("\x16\x03\x01\x02\x00\x01\xfc\x03\x03\n\n", 400)],
-    ids=["line", "long header", "many headers", "body", "huge body", "negative", "underscore", "two lengths", "no colon", "chunked",
-         "HTTP/2", "HTTP/1.x", "no version", "HTTP/0.9", "garbage", "TLS"])
+    ("GET / HTTP/2.0\nHost: {host}\n\n", 400), ("GET / HTTP/1.x\nHost: {host}\n\n", 400), ("GET\n\n", 400),
+    ("GET / x HTTP/1.1\n\n", 400), ("garbage\n\n", 400), ("\x16\x03\x01\x02\x00\x01\xfc\x03\x03\n\n", 400)],
+    ids=["line", "long header", "many headers", "body", "huge body", "negative", "underscore", "two lengths", "cut off", "chunked",
+         "HTTP/2", "HTTP/1.x", "no address", "four words", "garbage", "TLS"])
 def test_unreadable_request_ends_the_connection(server, data, status):
-    """What is too large or no HTTP/1.1 gets one 4xx with a line of text, and the connection ends."""
+    """What is too large or no HTTP/1 gets one 4xx with a line of text, and the connection ends."""
     lines = data.replace("{host}", f"127.0.0.1:{server.port}").replace("\n", "\r\n")
     answer = talk(server.port, lines.encode("latin-1"))
-    assert statuses(answer) == [status] and b"\r\nConnection: close\r\n" in answer and b"<html" not in answer
-
-
-def test_line_header_and_body_at_their_limits_are_served(server):
-    """Right at the limits a request is still answered."""
-    line, header, body = "/?" + "x" * (gan.MAX_REQUEST_LINE - 17), "X: " + "x" * (gan.MAX_HEADER_BYTES - 200), gan.MAX_BODY_BYTES
-    data = request(server.port, "GET", line) + request(server.port, "GET", "/", header, f"Content-Length: {body}", body=bytes(body))
-    assert statuses(talk(server.port, data + request(server.port))) == [200, 200, 200]
+    assert statuses(answer) == [status] and b"\r\nConnection: close\r\n" in answer
+    assert answer.partition(b"\r\n\r\n")[2].count(b"\n") == 1
 
 
 def test_client_that_goes_away_leaves_no_trace(site, capfd, monkeypatch):
@@ -457,38 +438,25 @@ def test_damaged_checkpoint_costs_its_own_requests(copied, capfd):
     assert re.fullmatch(r".*epoch-00002\.pt.*\n", capfd.readouterr().err)
 
 
-def test_too_many_connections_get_503_and_then_recover(site, monkeypatch):
-    """Beyond MAX_CONNECTIONS the answer is 503 with Retry-After; when one ends the next is served."""
-    monkeypatch.setattr(gan, "MAX_CONNECTIONS", 2)
-    with serving(site) as server, connect(server.port) as one, connect(server.port):
-        for _ in range(3):
-            answer = talk(server.port, request(server.port))
-            assert statuses(answer) == [503] and b"\r\nRetry-After: 1\r\n" in answer
+def test_too_many_connections_are_closed_until_one_ends(site, monkeypatch):
+    """Where MAX_THREADS are at work a further connection ends at once; when one of them ends the next is served."""
+    for thread in threading.enumerate():
+        if "process_request_thread" in thread.name:  # of a client before, which is gone
+            thread.join(PATIENCE)
+    with serving(site) as server, connect(server.port) as one, connect(server.port) as other:
+        for connection in (one, other):
+            connection.sendall(request(server.port, "HEAD"))
+            assert connection.recv(1)  # it has its thread
+        monkeypatch.setattr(gan, "MAX_THREADS", threading.active_count())
+        assert [talk(server.port, request(server.port)) for _ in range(3)] == [b""] * 3
         one.shutdown(socket.SHUT_WR)
-        assert read_all(one) == b""  # the server has let go of it
-        assert statuses(talk(server.port, request(server.port))) == [200]
+        assert any(statuses(talk(server.port, request(server.port))) == [200] for _ in range(1000))
 
 
-@pytest.mark.parametrize("start", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\nX: ",
-                                   b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Length: 9999\r\n\r\n"])
-@pytest.mark.parametrize("drip", [b"", b"x"])
-def test_slow_client_is_cut_off(site, monkeypatch, start, drip):
-    """A client that has not sent its request in time is cut off, silent or dripping; others are served meanwhile."""
-    monkeypatch.setattr(gan, "REQUEST_SECONDS", 0.5)
-    with serving(site) as server, connect(server.port) as slow:
-        slow.sendall(start.replace(b"%d", b"%d" % server.port))
-        assert statuses(talk(server.port, request(server.port))) == [200]
-        for _ in range(PATIENCE * 20):  # waits on the socket until its end comes, or for a moment before the next byte
-            if select.select([slow], [], [], 0.05)[0]:
-                break
-            slow.send(drip)
-        slow.settimeout(0.1)
-        assert read_all(slow) == b""
-
-
-def test_an_answer_takes_as_long_as_it_takes(run, monkeypatch):
-    """Only clients have so many seconds: on a kept connection an answer that takes us longer still arrives."""
-    monkeypatch.setattr(gan, "REQUEST_SECONDS", 0.5)
+def test_silent_client_is_cut_off(run, monkeypatch):
+    """A client that sends nothing for Handler.timeout is cut off, wherever it stopped; others are served meanwhile. An
+    answer takes as long as it takes."""
+    monkeypatch.setattr(gan.Handler, "timeout", 0.5)
     reached, go_on = threading.Event(), threading.Event()
 
     def slow_face(self, *_, **fields):
@@ -496,21 +464,26 @@ def test_an_answer_takes_as_long_as_it_takes(run, monkeypatch):
         assert go_on.wait(PATIENCE)
         return gan.Image.new("RGB", (32, 32))
     monkeypatch.setattr(gan.Site, "face", slow_face)
-    with serving(gan.Site(run, None, CPU)) as server, connect(server.port) as kept:
+    with serving(gan.Site(run, None, CPU)) as server, ExitStack() as stack:
+        half = request(server.port, "POST", "/", "Content-Length: 9999", body=b"half")
+        silent = [stack.enter_context(connect(server.port)) for _ in range(5)]
+        for connection, length in zip(silent, (0, 8, 30, len(half) - 4, len(half))):
+            connection.sendall(half[:length])
+        assert statuses(talk(server.port, request(server.port))) == [200]
+        kept = stack.enter_context(connect(server.port))
         kept.sendall(request(server.port, "HEAD") + request(server.port, path=target()))
         assert reached.wait(PATIENCE)
-        with connect(server.port) as idle:
-            assert read_all(idle) == b""  # it was cut off: the time of a request has passed
+        assert [read_all(connection) for connection in silent] == [b""] * 5
         go_on.set()
         kept.shutdown(socket.SHUT_WR)
         assert statuses(read_all(kept)) == [200, 200]
 
 
 def test_bad_requests_never_fault_or_hang(server, capfd):
-    """10,000 generated bad requests get a 4xx, or what they by luck deserve, and an end."""
-    found, hangs = bombard(server.port, 10_000)
+    """4,000 generated bad requests get a 4xx, or what they by luck deserve, and an end."""
+    found, hangs = bombard(server.port, 4000)
     assert hangs == 0 and max(found) < 500 and capfd.readouterr().err == ""
-    assert {400, 403, 404, 405, 413, 414, 431} <= set(found) and len(found) > 8000
+    assert {400, 403, 404, 405, 413, 414, 431} <= set(found) and len(found) > 3200
 
 
 # ---- the command ----
@@ -531,6 +504,17 @@ def test_other_host_prints_a_warning(run, monkeypatch, capsys, host, warns):
     assert ("warning: anyone who can reach" in capsys.readouterr().out) == warns
 
 
+def test_a_touch_right_after_the_start_is_answered(run, monkeypatch):
+    """While the server still warms up for it: torch's forward-mode differentiation is not for two threads."""
+    answers = []
+
+    def touched(self, *_):
+        answers.append(self.site.respond("POST", "/api/regions", json.dumps({"values": BASE}).encode()).status)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(gan.Server, "serve_forever", touched)
+    assert gan.main(["eval", "--run", str(run), "--port", "0"]) == 130 and answers == [200]
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: b"x" + data[1:]])
 def test_eval_of_a_damaged_run_is_one_line(copied, capsys, damage):
     """A checkpoint that is not whole ends eval with exit code 1 and a line that names it."""
@@ -541,16 +525,16 @@ def test_eval_of_a_damaged_run_is_one_line(copied, capsys, damage):
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGINT for one process")
 def test_eval_prints_its_url_and_ends_by_ctrl_c(run):
-    """eval --port 0 prints where it listens on one line; Ctrl-C in the midst of drawing ends it at once with 130."""
+    """eval --port 0 prints where it listens on one line; Ctrl-C in the midst of generating ends it at once with 130."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, a new process ignores it too
     process = subprocess.Popen([sys.executable, ROOT / "gan.py", "eval", "--run", run, "--port", "0"], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     signal.signal(signal.SIGINT, before)
-    drawn, over = threading.Semaphore(0), threading.Event()
+    served, over = threading.Semaphore(0), threading.Event()
 
     def goes_on(asked: int) -> bool:
         if asked:
-            drawn.release()
+            served.release()
         return not over.is_set()
     try:
         url = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())
@@ -559,7 +543,7 @@ def test_eval_prints_its_url_and_ends_by_ctrl_c(run):
             for number in range(8):
                 pool.submit(faces, int(url[1]), number, goes_on)
             try:
-                assert all(drawn.acquire(timeout=PATIENCE) for _ in range(50))
+                assert all(served.acquire(timeout=PATIENCE) for _ in range(50))
                 process.send_signal(signal.SIGINT)
                 rest, errors = process.communicate(timeout=PATIENCE)
             finally:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import run_gan
 from PIL import Image
-from soak import PATIENCE, request, statuses, talk
+from soak import PATIENCE, connect, read_all, request, statuses, talk
 from test_server import BASE, CPU, FILES, ask, changed, oracle, picture, same, serving, target, vivid_copy
 
 import gan
@@ -66,7 +66,7 @@ def photo(width=60, height=40) -> bytes:
 # ---- what is answered ----
 
 def test_faces_stand_side_by_side(site, run):
-    """Each as /generate draws it, of the asked checkpoint."""
+    """Each as /generate makes it, of the asked checkpoint."""
     vectors = [changed(i, 3) for i in range(5)]
     for which in ("last", "2"):
         strip = picture(post(site, "/api/faces", vectors=vectors, checkpoint=which).body)
@@ -77,39 +77,11 @@ def test_faces_stand_side_by_side(site, run):
     assert picture(post(site, "/api/faces", vectors=vectors, scale=3).body).shape == (3 * SIZE, 15 * SIZE, 3)
 
 
-def test_directions_change_the_face_and_keep_their_names(trained, tmp_path):
-    """Ten unit vectors, strongest first; a name stays in the run's folder, for a new server too, and can be taken away."""
-    run = vivid_copy(trained, tmp_path)
-    site = gan.Site(run, None, CPU)
+def test_directions_are_told_strongest_first(site):
+    """Ten unit vectors at right angles, with how much each changes a face."""
     found = get(site, "/api/directions")["directions"]
-    strengths = [one["strength"] for one in found]
-    assert len(found) == 10 and strengths == sorted(strengths, reverse=True) and {one["name"] for one in found} == {""}
-    assert all(np.linalg.norm(one["vector"]) == pytest.approx(1, abs=1e-3) for one in found)
-    named = post(site, "/api/directions/name", index=3, name="lächelt 🙂")["directions"]
-    assert [one["name"] for one in named] == [""] * 3 + ["lächelt 🙂"] + [""] * 6
-    assert get(gan.Site(run, None, CPU), "/api/directions") == {"directions": named}
-    assert post(site, "/api/directions/name", index=3, name="")["directions"] == found
-    (run / "directions.json").write_text('{"name": [3], "x": null}')  # written by someone else: no names, no fault
-    assert get(site, "/api/directions")["directions"] == found
-
-
-def test_names_are_for_the_same_direction_only(tmp_path):
-    """What is nearly parallel has the name; what is not has none."""
-    one, other = torch.eye(128)[:2]
-    gan.name_direction(tmp_path, one, "one")
-    told = gan.describe_directions(tmp_path, torch.stack([one, other, one * 0.99 + other * 0.1]), torch.ones(3))
-    assert [direction["name"] for direction in told] == ["one", "", "one"]
-
-
-def test_the_newest_hundred_names_are_kept(tmp_path):
-    """A name is of one direction, the last that got it."""
-    axes = torch.eye(128)
-    for number in range(102):
-        gan.name_direction(tmp_path, axes[number], f"{number * 37 % 102}")  # in no order of the alphabet
-    gan.name_direction(tmp_path, axes[120], f"{50 * 37 % 102}")
-    told = gan.describe_directions(tmp_path, axes, torch.ones(128))
-    kept = {number: f"{number * 37 % 102}" for number in range(2, 102) if number != 50} | {120: f"{50 * 37 % 102}"}
-    assert {number: one["name"] for number, one in enumerate(told) if one["name"]} == kept
+    vectors, strengths = np.array([one["vector"] for one in found]), [one["strength"] for one in found]
+    assert strengths == sorted(strengths, reverse=True) and abs(vectors @ vectors.T - np.eye(10)).max() < 1e-3
 
 
 def test_regions_cover_the_face_with_sliders(site):
@@ -232,7 +204,7 @@ def test_a_film_passes_through_the_faces(site, run):
 def test_neighbours_are_the_most_alike(site, run, dataset, monkeypatch):
     """A training face has itself for nearest, at no distance; the rest are farther in order."""
     images = gan.load_faces(dataset)[0]
-    monkeypatch.setattr(gan, "draw", lambda generator, z, chunk=100: images[7:8])
+    monkeypatch.setattr(gan, "sample_images", lambda generator, z: images[7:8])
     found = post(gan.Site(run, None, CPU), "/api/neighbours", values=BASE)
     assert found["distances"] == sorted(found["distances"]) and found["distances"][0] == pytest.approx(0, abs=0.05)
     assert (image_of(found["picture"])[:, :SIZE] == images[7].permute(1, 2, 0).numpy()).all()
@@ -264,9 +236,8 @@ def test_without_the_dataset_neighbours_are_a_404(trained, tmp_path):
     ("/api/region", {"values": BASE, "mask": [*MASK[1:], 1.1]}, "mask"), ("/api/paint", {"values": BASE, "mask": MASK}, "target"),
     ("/api/paint", {"values": BASE, "mask": MASK, "target": "x"}, "target"), ("/api/invert", {"target": None}, "target"),
     ("/api/invert", {"target": "data:image/png;base64,AAAA"}, "target"), ("/api/invert", {"target": {"a": 1}}, "target"),
-    ("/api/invert", {"target": png_url(np.zeros((31, 32, 3)))}, "target"), ("/api/invert", {"target": png_url(np.zeros((32, 32, 3))), "values": [1]}, "values"), ("/api/directions/name", {"index": 10, "name": ""}, "index"),
-    ("/api/directions/name", {"index": 0}, "name"), ("/api/directions/name", {"index": 0, "name": "x" * 41}, "name"),
-    ("/api/directions/name", {"index": 0, "name": "a\nb"}, "name"), ("/api/film", {"vectors": [BASE]}, "vectors"),
+    ("/api/invert", {"target": png_url(np.zeros((31, 32, 3)))}, "target"), ("/api/invert", {"target": png_url(np.zeros((32, 32, 3))), "values": [1]}, "values"),
+    ("/api/film", {"vectors": [BASE]}, "vectors"),
     ("/api/film", {"vectors": [BASE] * 33}, "vectors"), ("/api/film", {"vectors": [BASE] * 2, "scale": 5}, "scale"),
     ("/api/neighbours", {"values": None}, "values")])
 def test_wrong_question_is_named(site, path, body, named):
@@ -309,13 +280,13 @@ def test_get_and_post_are_not_the_same(site):
 
 @pytest.mark.parametrize("path", ["/api/photo?box=4,4,36,36", "/api/invert", "/api/regions"])
 def test_a_long_request_keeps_no_slider_waiting(run, monkeypatch, path):
-    """While a photo or a touch of one client is being worked on, and another one's touch waits behind it, faces are
-    drawn for both: for the client that waits, over a second connection, and for the other."""
+    """While a photo or a touch of one client is being worked on, and another one's touch waits behind it, both get
+    faces: the client that waits, over a second connection, and the other."""
     body = photo() if "photo" in path else json.dumps(
         {"values": BASE, "target": png_url(np.zeros((SIZE, SIZE, 3)))}).encode()
     touch = json.dumps({"values": BASE, "mask": MASK}).encode()
     working, go_on, answers = threading.Event(), threading.Event(), []
-    name = {"photo": "cut", "invert": "fit_step", "regions": "find_regions"}[path.partition("?")[0][5:]]
+    name = {"photo": "crop_square", "invert": "fit_step", "regions": "find_regions"}[path.partition("?")[0][5:]]
     real = getattr(gan, name)
 
     def held(*arguments):
@@ -333,10 +304,10 @@ def test_a_long_request_keeps_no_slider_waiting(run, monkeypatch, path):
         assert working.wait(PATIENCE)
         second.start()
         with ThreadPoolExecutor(2) as clients:  # each drags a slider
-            drawn = list(clients.map(lambda client: [talk(server.port, request(server.port, path=target(changed(client, i / 5))))
+            found = list(clients.map(lambda client: [talk(server.port, request(server.port, path=target(changed(client, i / 5))))
                                                      for i in range(10)], range(2)))
         assert answers == []  # both still wait
-        for client, faces in enumerate(drawn):
+        for client, faces in enumerate(found):
             assert all(same(picture(answer.partition(b"\r\n\r\n")[2]), oracle(run / "last.pt", changed(client, i / 5)))
                        for i, answer in enumerate(faces))
         go_on.set()
@@ -359,11 +330,13 @@ def test_a_photo_may_be_large_and_nothing_else(run):
 
 def test_curl_waits_for_100_continue(run):
     """It asks before it sends a large body, and would wait a second for the word."""
-    with serving(gan.Site(run, None, CPU)) as server:
+    with serving(gan.Site(run, None, CPU)) as server, connect(server.port) as client:
         body = json.dumps({"vectors": [BASE]}).encode()
-        answer = talk(server.port, request(server.port, "POST", "/api/faces", "Expect: 100-continue",
-                                           f"Content-Length: {len(body)}", body=body))
-        assert statuses(answer) == [100, 200]
+        client.sendall(request(server.port, "POST", "/api/faces", "Expect: 100-continue", "Connection: close",
+                               f"Content-Length: {len(body)}"))
+        assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(body)
+        assert statuses(read_all(client)) == [200]
 
 
 def test_a_client_that_still_sends_reads_why_it_is_refused(run):
@@ -402,7 +375,7 @@ def evaluate(layers: list[dict], z: np.ndarray) -> np.ndarray:
     return np.clip(np.round((x + 1) * 127.5), 0, 255)
 
 
-def test_the_exported_page_draws_the_same_faces(run, tmp_path):
+def test_the_exported_page_makes_the_same_faces(run, tmp_path):
     """Its network, computed without torch, within 3 of 255; its policy lets in its own script and style and no network."""
     done = run_gan("export", tmp_path / "faces.html", "--run", run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -410,7 +383,7 @@ def test_the_exported_page_draws_the_same_faces(run, tmp_path):
     network = json.loads(page.partition('id="network">')[2].partition("</script>")[0])
     assert (network["image_size"], network["latent_size"], network["epoch"], len(network["directions"])) == (32, 128, 4, 10)
     generator, _ = gan.load_generator(run / "last.pt", CPU)
-    for z in gan.draw_latents(3, seed=5):
+    for z in gan.sample_latents(3, seed=5):
         expected = gan.to_image(generator(z[None]))[0].permute(1, 2, 0).numpy().astype(int)
         assert abs(evaluate(network["layers"], z.numpy()) - expected).max() <= 3
     policy = page.partition('http-equiv="Content-Security-Policy" content="')[2].partition('"')[0]
@@ -420,28 +393,17 @@ def test_the_exported_page_draws_the_same_faces(run, tmp_path):
     assert f"<script>{script}</script>" in page and page.count("<script") == 2
 
 
-def test_the_exported_onnx_network_draws_the_same_faces(run, tmp_path):
-    """As another implementation evaluates it, for any number of vectors; a wrong one is not written."""
+def test_the_exported_onnx_network_makes_the_same_faces(run, tmp_path):
+    """As another implementation evaluates it, for any number of vectors."""
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
     done = run_gan("export", "faces.onnx", "--run", run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     onnx.checker.check_model(str(tmp_path / "faces.onnx"), full_check=True)
     generator, _ = gan.load_generator(run / "last.pt", CPU)
-    z = gan.draw_latents(3, seed=5)
+    z = gan.sample_latents(3, seed=5)
     found, = ReferenceEvaluator(str(tmp_path / "faces.onnx")).run(None, {"z": z.numpy()})
     assert np.abs(found - generator(z).numpy()).max() < 1e-4
-
-
-def test_a_wrong_onnx_network_is_not_written(trained, monkeypatch):
-    """The comparison before it is put in place does notice."""
-    pytest.importorskip("onnx")
-    generator, facts = gan.load_generator(trained / "last.pt", CPU)
-    layers = gan.folded_layers(generator)
-    layers[-2]["weight"] = layers[-2]["weight"] * 3
-    monkeypatch.setattr(gan, "folded_layers", lambda generator: layers)
-    with pytest.raises(gan.UserError, match="nothing was written"):
-        gan.export_onnx(generator, facts)
 
 
 @pytest.mark.parametrize("name", ["faces.txt", "faces"])
@@ -459,7 +421,7 @@ def test_invert_writes_the_face_of_a_photo(trained, tmp_path, monkeypatch, capsy
         assert gan.main(["invert", str(tmp_path / "photo.png"), "--run", str(trained), "--out", str(tmp_path / name)]) == 0
     z = json.loads((tmp_path / "face.json").read_text())
     generator, _ = gan.load_generator(trained / "last.pt", CPU)
-    expected = gan.draw(generator, torch.tensor([z]), precision="fp32")[0].permute(1, 2, 0).numpy().astype(int)
+    expected = gan.sample_images(generator, torch.tensor([z]), precision="fp32")[0].permute(1, 2, 0).numpy().astype(int)
     assert len(z) == 128 and same(picture((tmp_path / "face.png").read_bytes()), expected)
     monkeypatch.setattr(gan, "find_faces", lambda image: [])
     for file in ("photo.png", "absent.png", "face.json"):
@@ -470,7 +432,7 @@ def test_invert_writes_the_face_of_a_photo(trained, tmp_path, monkeypatch, capsy
 
 
 def test_generate_writes_a_film(trained, tmp_path):
-    """Through the drawn faces, beside their folder."""
+    """Through the generated faces, beside their folder."""
     done = run_gan("generate", "--run", trained, "--count", 3, "--interpolate", "--out", "faces", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "faces-film.webp") as film:
@@ -480,10 +442,10 @@ def test_generate_writes_a_film(trained, tmp_path):
 def test_the_way_between_faces_is_spherical():
     """Lengths change evenly, the angle too, and each given vector is passed; a straight line would cut the middle short."""
     a, b = torch.eye(128)[:2] * torch.tensor([[10.0], [12.0]])
-    way = gan.film(torch.stack([a, b]), frames=10)
+    way = gan.interpolate(torch.stack([a, b]), frames=10)
     assert len(way) == 11 and torch.allclose(way[0], a) and torch.allclose(way[-1], b)
     assert torch.allclose(way.norm(dim=1), torch.linspace(10, 12, 11), atol=1e-3)
     assert torch.allclose(torch.atan2(way[:, 1], way[:, 0]), torch.linspace(0, torch.pi / 2, 11), atol=1e-4)
     assert way[5].norm() > ((a + b) / 2).norm() * 1.3
-    assert torch.allclose(gan.film(torch.stack([a, a * 2]), frames=2), torch.stack([a, a * 1.5, a * 2]))
-    assert gan.film(torch.stack([a, -a])).isfinite().all() and gan.film(torch.zeros(2, 128)).isfinite().all()
+    assert torch.allclose(gan.interpolate(torch.stack([a, a * 2]), frames=2), torch.stack([a, a * 1.5, a * 2]))
+    assert gan.interpolate(torch.stack([a, -a])).isfinite().all() and gan.interpolate(torch.zeros(2, 128)).isfinite().all()

@@ -1,16 +1,16 @@
-"""Drawing faces: latent vectors as they should be, and a face that depends on its own vector alone."""
+"""Generated faces: latent vectors as they should be, and a face that depends on its own vector alone."""
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_gan
 
 import gan
 
 
 @pytest.fixture
-def generator():
+def vivid():
     """A generator whose BatchNorm statistics differ from a minibatch's, and whose faces are vivid."""
     torch.manual_seed(0)
     generator = gan.Generator(32, 8)
@@ -21,32 +21,32 @@ def generator():
     return generator
 
 
-def test_a_face_does_not_depend_on_the_others(generator):
-    """Drawn alone, in tens or in one chunk: the same within the rounding of one grey level. In training mode it does
+def test_a_face_does_not_depend_on_the_others(vivid):
+    """Made alone, in tens or in one chunk: the same within the rounding of one grey level. In training mode it does
     depend: the wrong way is told apart."""
-    z = gan.draw_latents(30, seed=1)
-    together = gan.draw(generator, z).int()
+    z = gan.sample_latents(30, seed=1)
+    together = gan.sample_images(vivid, z).int()
     assert together.float().std() > 20
     for chunk in (1, 10):
-        assert (gan.draw(generator, z, chunk).int() - together).abs().max() <= 1
-    wrong = gan.to_image(generator.train()(z[:5])).int()
+        assert (gan.sample_images(vivid, z, chunk).int() - together).abs().max() <= 1
+    wrong = gan.to_image(vivid.train()(z[:5])).int()
     assert (wrong - together[:5]).abs().max() > 10
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_drawing_changes_nothing(generator, training):
+def test_sampling_changes_nothing(vivid, training):
     """Neither the mode, nor BatchNorm's statistics, nor anyone's random numbers."""
-    generator.train(training)
-    before, torch_state = {k: v.clone() for k, v in generator.state_dict().items()}, torch.get_rng_state()
-    gan.draw(generator, gan.draw_latents(3, seed=0))
-    assert generator.training == training and torch.equal(torch.get_rng_state(), torch_state)
-    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+    vivid.train(training)
+    before, torch_state = {k: v.clone() for k, v in vivid.state_dict().items()}, torch.get_rng_state()
+    gan.sample_images(vivid, gan.sample_latents(3, seed=0))
+    assert vivid.training == training and torch.equal(torch.get_rng_state(), torch_state)
+    assert all(torch.equal(value, before[name]) for name, value in vivid.state_dict().items())
 
 
 @pytest.mark.parametrize("least", [0.0, 0.3, 1.0, 3.0])
 def test_latent_vectors_are_normal_but_for_the_gap(least):
     """Mean 0, both signs alike, and the mean size φ(A)/(1 − Φ(A)) of a normal number beyond A; none nearer to 0."""
-    z = gan.draw_latents(2000, seed=3, min_abs=least)
+    z = gan.sample_latents(2000, seed=3, min_abs=least)
     assert z.shape == (2000, 128) and z.dtype == torch.float32
     assert z.abs().min() >= torch.tensor(least)
     density = math.exp(-least ** 2 / 2) / math.sqrt(2 * math.pi)
@@ -57,21 +57,27 @@ def test_latent_vectors_are_normal_but_for_the_gap(least):
 
 @pytest.mark.parametrize("least", [0.0, 0.5])
 def test_latent_vectors_depend_on_the_seed_alone(least):
-    """Not on what else was drawn before."""
-    assert torch.equal(gan.draw_latents(5, 7, least), gan.draw_latents(5, 7, least))
-    assert not torch.equal(gan.draw_latents(5, 7, least), gan.draw_latents(5, 8, least))
+    """Not on which ones were sampled before."""
+    assert torch.equal(gan.sample_latents(5, 7, least), gan.sample_latents(5, 7, least))
+    assert not torch.equal(gan.sample_latents(5, 7, least), gan.sample_latents(5, 8, least))
 
 
-def test_generate_takes_the_newest_run_and_the_named_checkpoint(trained, tmp_path):
+def test_generate_takes_the_newest_run_and_the_named_checkpoint(trained, tmp_path, monkeypatch, capsys):
     """Without --run the run saved last; --checkpoint, --seed, --count and --out do what they say."""
+    monkeypatch.chdir(tmp_path)
     for name, age in (("older", 1000), ("newer", 2000)):
         gan.shutil.copytree(trained, tmp_path / "runs" / name)
         os.utime(tmp_path / "runs" / name / "last.pt", (age, age))
-    done = run_gan("generate", "--count", 12, "--checkpoint", 2, "--seed", 4, "--out", "faces", cwd=tmp_path)
-    assert done.returncode == 0 and "epoch-00002.pt (epoch 2, seed 4)" in done.stdout and "newer" in done.stdout
+    assert gan.main(["generate", "--count=12", "--checkpoint=2", "--seed=4", "--out=faces", "--interpolate"]) == 0
+    told = capsys.readouterr().out
+    assert f"{Path('runs/newer/epoch-00002.pt')} (epoch 2, seed 4) in faces" in told
     assert len(list((tmp_path / "faces").glob("face-*.png"))) == 12
     generator, facts = gan.load_generator(trained / "epoch-00002.pt", torch.device("cpu"))
-    expected = gan.draw(generator, gan.draw_latents(12, 4), precision="fp32")[11].permute(1, 2, 0).numpy()
+    expected = gan.sample_images(generator, gan.sample_latents(12, 4), precision="fp32")[11].permute(1, 2, 0).numpy()
     with gan.Image.open(tmp_path / "faces" / "face-00011.png") as face:
         assert gan.np.abs(gan.np.asarray(face).astype(int) - expected).max() <= 1
     assert (facts["model"], facts["epoch"], facts["image_size"]) == ("WGAN-GP", 2, 32)
+    with gan.Image.open(tmp_path / "faces-grid.png") as grid:
+        assert grid.size == (342, 70)
+    with gan.Image.open(tmp_path / "faces-film.webp") as film:  # 11 ways of 24 pictures, and the last face
+        assert (film.n_frames, film.size) == (265, (64, 64))
