@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import base64
 import copy
+import errno
 import gzip
 import hashlib
 import importlib.util
@@ -53,6 +54,7 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -60,7 +62,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -75,7 +77,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL import features as pillow_features
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
@@ -88,9 +90,12 @@ class UserError(Exception):
 
 
 def say(text: str) -> None:
-    """Print a line at once, above the progress bar where there is one."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    """Print a line at once, above the progress bar where there is one. A terminal that is gone ends nothing."""
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def usable_cores() -> int:
@@ -150,10 +155,10 @@ def one_of(*choices: str | int) -> Callable[[str], str | int]:
     return parse
 
 
-def setting(default, help: str, parse: Callable = str, metavar: str | None = None, fixed: bool = False,
+def setting(default, help: str, parse: Callable = os.path.expanduser, metavar: str | None = None, fixed: bool = False,
             positional: bool = False):
-    """Declare one setting. `fixed`: it cannot change once a run has begun. `positional`: it must be given, without a
-    flag. A default of False makes a switch."""
+    """Declare one setting, a path where `parse` makes nothing else of it. `fixed`: it cannot change once a run has
+    begun. `positional`: it must be given, without a flag. A default of False makes a switch."""
     return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar, "fixed": fixed,
                                             "positional": positional})
 
@@ -177,11 +182,13 @@ class TrainSettings:
                                           "WGAN, 4e-4 for WGAN-GP)", between(1e-7, 1.0, float), "RATE")
     clip: float = setting(0.1, "WGAN: limit of a discriminator weight", between(1e-4, 100.0, float), "LIMIT")
     device: str = setting("auto", *DEVICES)
-    precision: str = setting("auto", "of the forward and backward passes: fp32, bf16 or auto (bf16 where the processor "
-                             "has it)", one_of("auto", "fp32", "bf16"), "NAME")
+    precision: str = setting("auto", "of the forward and backward passes: fp32, bf16 or auto (bf16 where it is "
+                             "known to be faster)", one_of("auto", "fp32", "bf16"), "NAME")
     seed: int = setting(0, "seed of weights, order and latent vectors", between(0, 2**31 - 1), "N", fixed=True)
     checkpoint: str | None = setting(None, "go on from this one (epoch number or file), not from the last",
                                      metavar="WHICH")
+    start_from: str | None = setting(None, "begin a new run with the networks of this checkpoint: where photos are few",
+                                     metavar="FILE")
     sample_every: int | None = setting(None, "epochs between sample grids (default: 1 at first, then 2 % apart)",
                                        between(1, 10**7), "EPOCHS")
     save_every: int = setting(10, "epochs between checkpoints", between(1, 10**7), "EPOCHS")
@@ -386,14 +393,17 @@ def pick_device(name: str) -> torch.device:
 
 @cache
 def pick_precision(name: str, device: torch.device) -> str:
-    """auto: 'bf16' where the device is known to multiply matrices of it natively, else 'fp32'; emulated, bf16 takes a
-    hundred times as long as float32. Timing both would tell of any processor, but not the same on a busy machine."""
+    """auto: 'bf16' where the device is known to multiply matrices of it faster, else 'fp32'. With AMD's AVX-512 it
+    does; Intel's takes twice as long unless there is AMX, and emulated it takes a hundred times as long. Timing both
+    would tell of any processor, but not the same on a busy machine."""
     native = False
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
         with suppress(OSError):  # there is no such file but on Linux
-            native = bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()))
+            about = Path("/proc/cpuinfo").read_text()
+            flags = "amx_bf16|avx512_bf16" if "AuthenticAMD" in about else "amx_bf16"
+            native = bool(re.search(rf"\b({flags})\b", about))
     return name if name != "auto" else "bf16" if native else "fp32"
 
 
@@ -740,10 +750,14 @@ class Trainer:
             "random": self.rng.get_state(), "device": self.device.type, "progress": asdict(self.progress),
             "stats": self.rows, "discriminator_left": self.balance.discriminator_left})
 
-    def load_state(self, state: dict) -> None:
-        """Take over a checkpoint: what `state` returned, on this or another kind of device, and the run's settings."""
+    def load_networks(self, state: dict) -> None:
+        """Take over the networks of a checkpoint, and nothing else."""
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
+
+    def load_state(self, state: dict) -> None:
+        """Take over a checkpoint: what `state` returned, on this or another kind of device, and the run's settings."""
+        self.load_networks(state)
         for turn, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]  # ours: some of their flags belong to the device
             optimizer.load_state_dict({**state["optimizers"][turn], "param_groups": groups})
@@ -785,17 +799,21 @@ class NotFinite(UserError):
 
 
 class StopRequest:
-    """While entered, Ctrl-C and SIGTERM only set `code` (130, 143), the exit code; a second one ends at once."""
+    """While entered, Ctrl-C, SIGTERM and a closed terminal (SIGHUP, unless nohup has it ignored) only set `code`, the
+    exit code: 130, 143, 129. A second Ctrl-C or SIGTERM ends at once."""
     code: int | None = None
 
     def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def handle(self, number: int, frame) -> None:
-        if self.code is not None:
+        if self.code and number in (signal.SIGINT, signal.SIGTERM):
             os._exit(128 + number)  # writes are atomic: whatever was being written, the last checkpoint is whole
-        self.code = 128 + number
+        self.code = self.code or 128 + number
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
@@ -1022,7 +1040,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # Windows cannot open a folder; its journal orders the rename itself
+        with suppress(OSError):  # neither Windows nor every file system can do this with a folder
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -1073,9 +1091,16 @@ def write_grid(path: Path, images: Tensor) -> None:
     atomic_write(path, png_bytes(grid_image(images)))
 
 
+def empty_of_pngs(folder: Path) -> None:
+    """Make a folder for PNG files and remove those that were written there before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("face-*.png"):
+        if re.fullmatch(r"face-\d{5,}\.png", path.name):
+            path.unlink()
+
+
 def write_pngs(folder: Path, images: Tensor, first: int = 0, digits: int = 5) -> None:
     """Write uint8 images as face-00000.png and so on, counted from `first`."""
-    folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(pictures(images), first):
         atomic_write(folder / f"face-{i:0{digits}d}.png", png_bytes(image))
 
@@ -1150,9 +1175,21 @@ def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
     settings = state["settings"]
     generator = Generator(state["image_size"], settings["width"])
     generator.load_state_dict(state["networks"]["averaged"])
+    data = settings["data"] if Path(settings["data"]).exists() else "data"  # a project moves with its dataset
     facts = {"model": settings["model"], "epoch": state["progress"]["epoch"], "image_size": state["image_size"],
-             "data": settings["data"]}
+             "data": data, "faces": state["faces"]}
     return channels_last(generator, device).eval().requires_grad_(False), facts
+
+
+def load_known_faces(facts: dict, data: str | None = None) -> tuple[Tensor, Tensor]:
+    """The faces that a checkpoint was trained on, and those that were held out, uint8: from the dataset that it names,
+    or from `data`. UserError where other faces are there now."""
+    folder = Path(data or facts["data"])
+    faces, files = load_faces(folder)
+    if [file["sha256"] for file in files] != facts["faces"]:
+        raise UserError(f"{folder} holds other faces than those that this network was trained on: name theirs with "
+                        "--data")
+    return faces, load_faces(folder, "held_out")[0]
 
 
 def newest_checkpoint(run: Path, which: str | None) -> tuple[Path | None, dict]:
@@ -1199,8 +1236,9 @@ def append_log(run: Path, line: dict) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def plot_curves(run: Path, lines: list[dict]) -> None:
-    """Plot curves.png: accuracies, losses, share of discriminator updates and the judge's scores over the epochs."""
+def plot_curves(title: str, lines: list[dict]) -> bytes:
+    """curves.png: accuracies, losses, share of discriminator updates and the judge's scores over the epochs."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here, and is asked for at the import
     from matplotlib.figure import Figure  # plots to memory: no window, no display needed
     share = {"ylim": (-0.02, 1.02)}
     contents: list[tuple[str, list[str], dict[str, Any]]] = [
@@ -1213,7 +1251,7 @@ def plot_curves(run: Path, lines: list[dict]) -> None:
     rows = [line | line.get("scores", {}) for line in lines]
     contents = contents[:6 if any("scores" in row for row in rows) else 3]
     figure = Figure(figsize=(9, 2.8 * len(contents)), layout="constrained")
-    for panel, (title, names, scale) in zip(figure.subplots(len(contents)), contents):
+    for panel, (label, names, scale) in zip(figure.subplots(len(contents)), contents):
         for name in names:
             known = [row for row in rows if row.get(name) is not None]  # an epoch or a log of before lacks some
             panel.plot([row["epoch"] for row in known], [row[name] for row in known], label=name.replace("_", " "),
@@ -1221,13 +1259,24 @@ def plot_curves(run: Path, lines: list[dict]) -> None:
         for row in rows:
             if row.get("collapsed"):
                 panel.axvline(row["epoch"], color="red", alpha=0.3)
-        panel.set(ylabel=title, xlabel="epoch", xlim=(0, lines[-1]["epoch"] + 1), **scale)
+        panel.set(ylabel=label, xlabel="epoch", xlim=(0, lines[-1]["epoch"] + 1), **scale)
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
-    figure.suptitle(str(run))
+    figure.suptitle(os.fsencode(title).decode(errors="replace"), parse_math=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    atomic_write(run / "curves.png", buffer.getvalue())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that the font lacks
+        figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def write_curves(run: Path, lines: list[dict]) -> None:
+    """Write curves.png; a picture that cannot be made ends no run."""
+    try:
+        png = plot_curves(str(run), lines)
+    except Exception as error:  # whatever matplotlib meets
+        return say(f"no curves.png: {one_line(error)}")
+    atomic_write(run / "curves.png", png)
 
 
 def check_resumable(settings: TrainSettings, faces: TrainingFaces, state: dict, run: Path) -> None:
@@ -1244,6 +1293,22 @@ def check_resumable(settings: TrainSettings, faces: TrainingFaces, state: dict, 
         change = Path(settings.data) / (foreign or ["manifest.json lists fewer"])[0]
         raise UserError(f"the faces changed since {run} began: {change}. Prepare them again as they were, or name "
                         "another --run")
+
+
+def begin_with_networks_of(path: Path, settings: TrainSettings, faces: TrainingFaces, trainer: Trainer) -> dict:
+    """Give a new run the networks of another one's checkpoint; what is to be remembered of it. UserError where they are
+    of another kind or size."""
+    state = read_checkpoint(path)
+    theirs = {name: state["settings"][name] for name in ("model", "width")} | {"size": state["image_size"]}
+    ours = {"model": settings.model, "width": settings.width, "size": faces.size}
+    if theirs != ours:
+        told = ", ".join(f"--{name} {value} (here {ours[name]})" for name, value in theirs.items()
+                         if value != ours[name])
+        raise UserError(f"{path} has {told}: its networks do not fit")
+    trainer.load_networks(state)
+    epoch, run = state["progress"]["epoch"], state["settings"]["run"] or f"runs/{settings.model.lower()}"
+    say(f"beginning with the networks of {path}, epoch {epoch}")
+    return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "run": run, "epoch": epoch}
 
 
 class Writer:
@@ -1279,10 +1344,12 @@ def locked(run: Path) -> Iterator[None]:
                 import msvcrt
                 file.seek(2 ** 30)  # locks one byte far behind the text, which others may then read
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            holder = (run / "train.lock").read_text().strip()
-            raise UserError(f"{run} is being trained by process {holder}: wait for it, or name another folder with "
-                            "--run") from None
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                holder = (run / "train.lock").read_text().strip()
+                raise UserError(f"{run} is being trained by process {holder}: wait for it, or name another folder with "
+                                "--run") from None
+            say(f"{run} cannot be locked ({one_line(error)}): see to it that nothing else trains there")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -1314,13 +1381,18 @@ class Run:
         for folder in (self.path, self.path / "samples"):
             remove_orphans(folder)
         path, state = newest_checkpoint(self.path, self.settings.checkpoint)
+        self.started_from = state.get("started_from")
         if path:
             check_resumable(self.settings, self.faces, state, self.path)
             trainer.load_state(state)
+        elif self.settings.start_from:
+            other = Path(self.settings.start_from)
+            self.started_from = begin_with_networks_of(other, self.settings, self.faces, trainer)
         say(f"going on from {path}, epoch {trainer.progress.epoch}" if path else f"starting a new run in {self.path}")
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                     "gan.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-        config = {"settings": asdict(self.settings), "image_size": self.faces.size, "versions": versions}
+        config = {"settings": asdict(self.settings), "image_size": self.faces.size, "versions": versions,
+                  "started_from": self.started_from}
         atomic_write(self.path / "config.json", json.dumps(config, indent=1).encode())
         self.log = read_log(self.path, trainer.progress.epoch)
         atomic_write(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
@@ -1358,7 +1430,7 @@ class Run:
             self.save(trainer, f"epoch-{epoch:05d}.pt")
         if self.is_due(self.settings.save_every, epoch):
             self.save(trainer)
-            self.writer.ask(plot_curves, self.path, list(self.log))
+            self.writer.ask(write_curves, self.path, list(self.log))
 
     def save_grid(self, trainer: Trainer, epoch: int) -> None:
         """Write the grid of the same 100 latent vectors as always."""
@@ -1372,7 +1444,8 @@ class Run:
             trainer.check_finite()
         state = {"version": CHECKPOINT_FORMAT, "settings": asdict(self.settings), "image_size": self.faces.size,
                  "faces": [file["sha256"] for file in self.faces.files],
-                 "scores": self.log[-1].get("scores") if self.log else None, **trainer.state()}
+                 "scores": self.log[-1].get("scores") if self.log else None, "started_from": self.started_from,
+                 **trainer.state()}
         self.writer.ask(partial(write_checkpoint, self.path / name) if name else partial(save_last, self.path), state)
 
 
@@ -1546,8 +1619,9 @@ class Judge:
         self.real, self.training = self.space(real), self.space.known
         self.sight = DetailFeatures(self.faces[:self.count].to(device))
         self.seen, self.similarity = self.sight(real), similarity(real)
-        self.floor = frechet_distance(self.seen, self.sight.known)
-        self.real_to_training = torch.cdist(self.real, self.training).min(1).values.median().item()
+        # Not 0, which they are where the held-out faces are training faces
+        self.floor = max(1e-9, frechet_distance(self.seen, self.sight.known))
+        self.real_to_training = max(1e-9, torch.cdist(self.real, self.training).min(1).values.median().item())
 
     @torch.no_grad()
     def score(self, fake: Tensor) -> dict[str, float]:
@@ -1585,11 +1659,10 @@ class NearestFaces:
     """The training faces of a dataset and where each lies in the judge's ShapeFeatures."""
 
     @torch.no_grad()
-    def __init__(self, data: str):
-        self.images = load_faces(Path(data))[0]
-        self.space = ShapeFeatures(self.images[:500])  # enough for a space of 64 numbers, in a quarter of the time
-        self.features, held_out = self.space(self.images), load_faces(Path(data), "held_out")[0][:200]
-        self.typical = self.nearest(held_out, 1)[0].median().item() if len(held_out) else None
+    def __init__(self, images: Tensor, held_out: Tensor):
+        self.images, self.space = images, ShapeFeatures(images[:500])  # enough for 64 numbers, in a quarter of the time
+        self.features = self.space(images)
+        self.typical = self.nearest(held_out[:200], 1)[0].median().item() if len(held_out) else None
 
     @torch.no_grad()
     def nearest(self, images: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
@@ -1674,6 +1747,7 @@ def describe_epoch(line: dict, images: int, epochs: int) -> str:
 def train(settings: TrainSettings) -> int:
     """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, 130 or 143 when asked to stop, 3
     when stopped by --stop-on-collapse."""
+    settings = replace(settings, data=os.path.abspath(settings.data))  # it is looked for from anywhere, later
     device = pick_device(settings.device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more of them would wait for one another
     ranks = join_ranks(device)
@@ -1741,15 +1815,22 @@ def train_and_record(settings: TrainSettings, faces: TrainingFaces, trainer: Tra
 # ================================================================================================
 
 MAX_FILE_BYTES = 100_000_000  # a larger "photo" is skipped: it would only serve to fill the memory
-MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
+MAX_PIXELS = 89_478_485  # of what is decoded: Pillow's own limit against decompression bombs
 MIN_FACE_PIXELS = 8  # a crop with a shorter side holds no face
 DETECTION_PIXELS = 360  # longer side of the picture in which faces are looked for first
 HELD_OUT_FACES = 1000  # at most; the judge compares with them
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # none that starts other programs
-HEIF_SUFFIXES = (".heic", ".heif", ".hif")
-RAW_SUFFIXES = (".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
+SAME_PHOTO = 0.985  # correlation of small grey crops: copies have 0.99 and more, LFW's other pairs up to 0.965
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "TGA")  # none starts programs
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm",
+                  ".pgm", ".jp2", ".tga")
+IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
+RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".srf", ".srw", ".orf", ".raf", ".rw2",
+                ".rwl", ".raw", ".pef", ".3fr", ".erf", ".iiq", ".mef", ".mos", ".mrw", ".dcr", ".kdc", ".x3f")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".txz", ".tbz2", ".tar.gz", ".tar.xz", ".tar.bz2")
+LITTER = re.compile(r"(.*/)?(\.[^/.]|__MACOSX/|@eaDir/|[#@$]recycle(\.bin)?/|thumbs\.db$)",
+                    re.IGNORECASE | re.DOTALL)  # hidden, thumbnails
+UNREAD = {"HEIC": "pip install pillow-heif", "AVIF": "pip install --upgrade pillow", "raw": "convert them to JPEG",
+          "JPEG XL": "convert them to JPEG", "rar or 7z": "unpack them first"}  # what is no photo here, and what to do
 OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.(pt\.gz|json)|\.gan-.*")
 THREAD = threading.local()  # holds the detector of each thread
 OPENCV = threading.Lock()  # it cannot be imported by two threads at once
@@ -1772,7 +1853,13 @@ def prepare(settings: PrepareSettings) -> dict:
     scratch = data / ".gan-prepare"
     scratch.mkdir(parents=True)
     try:
-        facts = write_batches(Photos(settings, scratch))
+        photos = Photos(settings, scratch)
+        if settings.png:
+            png = Path(settings.png).resolve()
+            if photos.source and photos.source.resolve() in (png, *png.parents):
+                raise UserError(f"{settings.png} is among the photos: name another folder with --png")
+            empty_of_pngs(png)
+        facts = write_batches(photos)
         batches = [batch["file"] for batch in facts["batches"] + facts["held_out"]]
         fresh = batches + [name.replace(".pt.gz", ".json") for name in batches]
         for name in fresh:
@@ -1811,44 +1898,103 @@ def write_batches(photos: Photos) -> dict:
     held_out, strangers = photos.take("held-out", apart, max(len(apart), HELD_OUT_FACES))
     if sum(batch["count"] for batch in held_out) < LEAST_JUDGED:  # nothing could be told from so few
         held_out, strangers = [], set()
-    seen = photos.skipped.keys() | strangers
+        photos.forget_crops()
+    seen = photos.skipped.keys() | strangers | photos.copies
     others = [name for name in photos.names if name not in seen]
     batches, used = photos.take("faces", others, limit)
+    unread = {kind: count for kind, count in photos.unread.items() if kind in UNREAD}
+    found = len(photos.files.keys() | photos.skipped.keys()) + sum(unread.values())
     files = {"used": len(used), "held_out": len(strangers), "left_by_per_person": len(photos.files) - len(photos.names),
-             "left_by_limit": sum(name not in photos.skipped for name in others) - len(used),
-             "skipped": len(photos.skipped), "not_read": dict(photos.unread)}
+             "left_by_limit": len(set(others) - photos.skipped.keys() - photos.copies - used),
+             "copies": len(photos.copies), "skipped": len(photos.skipped), "not_read": unread}
     if not batches:
         example = "".join(f": {name!a} {reason}, for one" for name, reason in [*photos.skipped.items()][:1])
         raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders "
                         f"and skipped {len(photos.skipped)}{example}{unread_text(photos.unread)}")
     return {"count": sum(batch["count"] for batch in batches), "source": str(photos.source or "cartoon faces"),
-            "photos_found": photos.found, "files": files, "batches": batches, "held_out": held_out,
+            "photos_found": found, "files": files, "other_files": dict(photos.unread - Counter(unread)),
+            "batches": batches, "held_out": held_out,
             "skipped": [{"file": name, "reason": reason} for name, reason in sorted(photos.skipped.items())]}
 
 
-def unread_text(kinds: dict[str, int]) -> str:
-    """Which photos are of kinds that are not read, by suffix, and what to do; nothing if there are none."""
-    told = ", ".join(f"{kind} {count:,} ({readable_here()[1][kind]})" for kind, count in sorted(kinds.items()))
+def unread_text(unread: dict[str, int]) -> str:
+    """Which photos are of kinds that are not read, and what to do; nothing if there are none."""
+    told = ", ".join(f"{kind} {count:,} ({UNREAD[kind]})" for kind, count in sorted(unread.items()) if kind in UNREAD)
     return f", not read {told}" if told else ""
 
 
 class Photos:
     """The photos of a source, or cartoon faces in their place: which may be taken, and what becomes of each.
 
-    `names` are in the order in which they are to be taken; `skipped` is name -> reason; `unread` counts the suffixes of
-    kinds that are not read here. Batches are written to `scratch`."""
+    `names` are in the order in which they are to be taken; `files` is name -> file, `skipped` name -> reason, `unread`
+    kind -> how many other files. Batches, and what is unpacked, are written to `scratch`."""
 
     def __init__(self, settings: PrepareSettings, scratch: Path):
-        self.settings, self.scratch = settings, scratch
+        self.settings, self.scratch, self.unpacked = settings, scratch, 0
+        self.forget_crops()
         self.source = None if settings.demo else find_source(settings)
-        self.files, self.skipped = (
-            find_photos(self.source, scratch) if self.source else (cartoon_photos(settings, scratch), {}))
-        self.found = len(self.files) + len(self.skipped)
-        suffixes = {name: os.path.splitext(name)[1].lower() for name in self.files}
-        self.unread = Counter(suffix for suffix in suffixes.values() if suffix in readable_here()[1])
-        self.files = {name: file for name, file in self.files.items() if suffixes[name] not in self.unread}
+        self.files: dict[str, Path] = {} if self.source else cartoon_photos(settings, scratch)
+        self.skipped: dict[str, str] = {}
+        self.unread: Counter[str] = Counter()
+        if self.source:
+            self.find(self.source)
         self.several = len({name.rpartition("/")[0] for name in self.files}) > 1
         self.names = choose_photos([*self.files], settings.per_person, settings.seed) if self.source else [*self.files]
+
+    def find(self, source: Path, within: str = "") -> None:
+        """Take in all files of a folder or archive, and of the archives in it, under names that begin with `within`. An
+        archive that breaks off is skipped itself, too."""
+        try:
+            if (members := source_members(source)) is None:
+                raise ValueError("is no whole archive")
+            for name, mode, size, content in members:
+                self.take_in(within + name.removeprefix("./"), mode, size, content)
+        except UserError:
+            raise
+        except Exception as error:  # as many kinds as there are of archives and compressions
+            self.skipped[within.rstrip("/") or source.name] = f"cannot be read further: {one_line(error)}"
+
+    def take_in(self, name: str, mode: int, size: int, content: Path | Callable[[], BinaryIO]) -> None:
+        """Decide what becomes of one file."""
+        self.files.pop(name, None), self.skipped.pop(name, None)  # the last one of a name counts
+        try:
+            kind, path = self.identify(name, mode, size, content)
+        except UserError:
+            raise
+        except Exception as error:
+            self.skipped[name] = one_line(error)
+            return
+        if kind == "photo":
+            self.files[name] = path
+        elif kind == "archive":
+            self.find(path, f"{name}/")
+        else:
+            self.unread[kind] += 1
+
+    def identify(self, name: str, mode: int, size: int, content: Path | Callable[[], BinaryIO]) -> tuple[str, Path]:
+        """(kind_of a file, where a photo or an archive can be read). ValueError says why it is not used."""
+        kind = kind_of(name, b"")
+        if kind == "hidden or thumbnail" or size == 0 and kind not in ("photo", "archive"):
+            return kind, Path()
+        check_member(name, mode, size)
+        with open(content, "rb") if isinstance(content, Path) else content() as file:
+            kind = kind_of(name, head := file.read(512))
+            if kind == "photo" and size > MAX_FILE_BYTES:
+                raise ValueError(f"is larger than {MAX_FILE_BYTES // 10**6} MB")
+            if isinstance(content, Path) or kind not in ("photo", "archive"):
+                return kind, content if isinstance(content, Path) else Path()
+            return kind, self.unpack(head + file.read())
+
+    def unpack(self, data: bytes) -> Path:
+        """A member of an archive as a file, numbered, as its own name might be none on this system. UserError where
+        there is no room for it."""
+        self.unpacked += 1
+        path = self.scratch / f"photo-{self.unpacked}"
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise UserError(f"cannot unpack photos to {self.scratch}: {one_line(error)}") from None
+        return path
 
     def decode(self, name: str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
         """(Faces of a photo, why others are not used). Of a photo of a person that is one face, the largest."""
@@ -1859,6 +2005,25 @@ class Photos:
             return [], [one_line(error)]
         return faces[:1] if self.several and "/" in name else faces, refused
 
+    def forget_crops(self) -> None:
+        """Begin anew to look for photos that are there twice."""
+        self.copies: set[str] = set()  # names of photos of which nothing else is used
+        self.crops, self.count = np.zeros((1024, 256), np.float32), 0
+
+    def is_copy(self, pixels: np.ndarray) -> bool:
+        """Whether a face was taken before: the same photo, or another of a burst, of another size or quality."""
+        grey = Image.fromarray(pixels).convert("L").resize((16, 16), Image.Resampling.BOX)
+        crop = np.asarray(grey, np.float32).ravel()
+        crop -= crop.mean()
+        crop /= max(1e-3, float(np.linalg.norm(crop)))
+        if (self.crops[:self.count] @ crop > SAME_PHOTO).any():
+            return True
+        if self.count == len(self.crops):
+            self.crops = np.concatenate([self.crops, np.zeros_like(self.crops)])
+        self.crops[self.count] = crop
+        self.count += 1
+        return False
+
     def take(self, kind: str, names: list[str], most: int) -> tuple[list[dict], set[str]]:
         """Write the first `most` faces of those photos, or all there are, in batches: (the batches' entries in the
         manifest, names of the photos used)."""
@@ -1868,7 +2033,10 @@ class Photos:
             for name, (found, refused) in zip(names, map_ahead(self.decode, names)):
                 if not found:
                     self.skipped[name] = refused[0]
-                for box, pixels in found:
+                fresh = [face for face in found if not self.source or not self.is_copy(face[1])]
+                if found and not fresh:
+                    self.copies.add(name)
+                for box, pixels in fresh:
                     used.add(name)
                     told = {"photo": name, "box": [round(edge, 1) for edge in box]}
                     yield pixels, told | ({"not_used": refused} if refused else {})
@@ -1897,7 +2065,7 @@ class Photos:
 
 
 def find_source(settings: PrepareSettings) -> Path:
-    """The folder or archive to read photos from; a folder with no photo but one archive stands for the archive."""
+    """The folder or archive to read photos from."""
     if settings.download:
         try:
             import kagglehub
@@ -1910,114 +2078,113 @@ def find_source(settings: PrepareSettings) -> Path:
     else:
         source = Path(settings.dataset or "dataset/lfwpeople/lfw_funneled")
     if not source.exists():
+        if re.match("[a-z]+://", settings.dataset or ""):
+            raise UserError(f"{settings.dataset} is an address: download it, then name the file")
         if settings.dataset:
             raise UserError(f"{source} does not exist: give --dataset a folder of photos, a .zip, .tar or .tgz")
         raise UserError(f"no photos at {source}: name yours with --dataset PATH, fetch some with --download, "
                         "or make cartoon faces with --demo")
-    if source.is_dir() and not any(folder_members(source)):
-        archives = sorted(path for path in source.rglob("*") if path.name.lower().endswith(ARCHIVE_SUFFIXES))
-        source = archives[0] if len(archives) == 1 else source
+    if source.is_file() and source_members(source) is None:
+        raise UserError(f"{source} is neither a folder nor a whole .zip, .tar or .tgz: name the folder that it is in, "
+                        "or unpack it")
     return source
 
 
-def find_photos(source: Path, scratch: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """All that is named like a photo in a folder, .zip, .tar or .tgz: (name -> its file, name -> why it is skipped).
-    Photos of an archive are unpacked to `scratch`; one that breaks off is skipped itself, under its own name."""
-    files: dict[str, Path] = {}
-    skipped: dict[str, str] = {}
-    members = folder_members if source.is_dir() else zip_members if zipfile.is_zipfile(source) else tar_members
-    try:
-        for number, (path, mode, size, content) in enumerate(members(source)):
-            leads_out = ".." in path.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", path)
-            problem = ("is a link" if stat.S_ISLNK(mode) else "is not a regular file" if not stat.S_ISREG(mode)
-                       else "is empty" if size == 0
-                       else f"is larger than {MAX_FILE_BYTES // 10**6} MB" if size > MAX_FILE_BYTES
-                       else "has a path that leads out of its archive" if leads_out else "")
-            name = path.removeprefix("./")
-            files.pop(name, None), skipped.pop(name, None)  # the last one of a name counts
-            if problem:
-                skipped[name] = problem
-                continue
-            if isinstance(content, Path):
-                files[name] = content
-                continue
-            try:
-                with content() as packed:
-                    data = packed.read()
-            except Exception as error:  # as many kinds as there are of archives and compressions
-                skipped[name] = one_line(error)
-                continue
-            files[name] = scratch / f"photo-{number}"  # its own name might be none on this system
-            unpack(files[name], data)
-    except UserError:
-        raise
-    except Exception as error:
-        skipped[source.name] = f"cannot be read further: {one_line(error)}"
-    return files, skipped
+def source_members(source: Path) -> Iterator[Member] | None:
+    """The files of a folder or archive; None where it is neither."""
+    if source.is_dir():
+        return folder_members(source)
+    if zipfile.is_zipfile(source):
+        return zip_members(source)
+    with suppress(EOFError):  # it ends in gzip's header
+        if tarfile.is_tarfile(source):
+            return tar_members(source)
+    return None
 
 
-def unpack(path: Path, data: bytes) -> None:
-    """Write a photo of an archive. UserError where there is no room for it."""
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise UserError(f"cannot unpack photos to {path.parent}: {one_line(error)}") from None
+def check_member(name: str, mode: int, size: int) -> None:
+    """ValueError says why a file is refused before it is opened."""
+    if stat.S_ISLNK(mode):
+        raise ValueError("is a link: name what it leads to by another --dataset, or copy it here")
+    if not stat.S_ISREG(mode):
+        raise ValueError("is not a regular file")
+    if ".." in name.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", name):
+        raise ValueError("has a path that leads out of its archive")
+    if size == 0:
+        raise ValueError("is empty")
 
 
 def folder_members(root: Path) -> Iterator[Member]:
-    """Photos of a folder and those in it, sorted; linked folders are not entered."""
-    closed: list[OSError] = []
-    for folder, subfolders, names in os.walk(root, onerror=closed.append):
+    """The files of a folder and those in it, sorted, and links to folders, which are not entered."""
+    closed: list[Path] = []
+    for folder, subfolders, names in os.walk(root, onerror=lambda error: closed.append(Path(error.filename))):
         subfolders.sort()
-        for path in (Path(folder, name) for name in sorted(names)):
-            name = path.relative_to(root).as_posix()
-            if is_photo_name(name) and not (path.name == "faces.png" and "manifest.json" in names):
-                info = path.lstat()
-                yield name, info.st_mode, info.st_size, path
-    for error in closed:  # asked again, it says the same
-        yield os.path.relpath(error.filename, root), stat.S_IFREG, 1, partial(os.scandir, error.filename)
+        ours = "manifest.json" in names and read_manifest(Path(folder))  # a dataset beside its photos
+        linked = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
+        for path in (Path(folder, name) for name in sorted(names + linked)):
+            if not (ours and OUR_DATA_FILES.fullmatch(path.name)):
+                try:
+                    info = path.lstat()
+                    yield path.relative_to(root).as_posix(), info.st_mode, info.st_size, path
+                except OSError:
+                    closed.append(path)
+    for path in closed:  # asked again, it says why
+        yield path.relative_to(root).as_posix(), stat.S_IFREG, 1, partial(os.listdir, path)
 
 
 def zip_members(path: Path) -> Iterator[Member]:
-    """Photos of a .zip, in its order."""
+    """The files of a .zip, in its order; some programs of Windows write backslashes."""
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if is_photo_name(info.filename):
+            name = info.filename.replace("\\", "/")
+            if not name.endswith("/"):
                 mode = info.external_attr >> 16
                 mode = mode if stat.S_IFMT(mode) else stat.S_IFREG
-                yield info.filename, mode, info.file_size, partial(archive.open, info)
+                yield name, mode, info.file_size, partial(archive.open, info)
 
 
 def tar_members(path: Path) -> Iterator[Member]:
-    """Photos of a .tar, packed or not, in its order."""
+    """The files of a .tar, packed or not, in its order."""
     with tarfile.open(path) as archive:
         for member in archive:
-            if is_photo_name(member.name) and not member.isdir():
+            if not member.isdir():
                 mode = stat.S_IFLNK if member.issym() or member.islnk() else stat.S_IFREG if member.isreg() else 0
                 yield member.name, mode, member.size, partial(archive.extractfile, member)
 
 
-def is_photo_name(name: str) -> bool:
-    """Whether a path inside a source is named like a photo; hidden files and macOS's archive litter are not."""
-    hidden = any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in name.split("/"))
-    return name.lower().endswith((*IMAGE_SUFFIXES, ".avif", *HEIF_SUFFIXES, *RAW_SUFFIXES)) and not hidden
+def kind_of(name: str, head: bytes) -> str:
+    """What a file is, by its first 512 bytes, or by its name where they do not tell: 'photo', 'archive', one of UNREAD,
+    'hidden or thumbnail', or its suffix."""
+    suffix = os.path.splitext(name)[1].lower()
+    brands = head[8:64] if head[4:8] == b"ftyp" else b""
+    if LITTER.match(name):
+        return "hidden or thumbnail"
+    if head.startswith((b"Rar!", b"7z\xbc\xaf")):
+        return "rar or 7z"
+    if name.lower().endswith(ARCHIVE_SUFFIXES) and not head.startswith(IMAGE_SIGNATURES):
+        return "archive"
+    if suffix in RAW_SUFFIXES:
+        return "raw"
+    if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL")):
+        return "JPEG XL"
+    if head.startswith(IMAGE_SIGNATURES) or head[8:12] == b"WEBP":
+        return "photo"
+    if b"avif" in brands or b"avis" in brands or suffix == ".avif" and not brands:
+        return "photo" if "AVIF" in readable_here() else "AVIF"
+    if re.match(b"he[iv][cmsx]|mif1|msf1", brands) or suffix in (".heic", ".heif", ".hif"):
+        return "photo" if "HEIF" in readable_here() else "HEIC"
+    return "photo" if suffix in IMAGE_SUFFIXES else suffix or "no suffix"
 
 
 @cache
-def readable_here() -> tuple[list[str], dict[str, str]]:
-    """(Formats of Pillow's that are read here, suffix of photos that are not -> what to do)."""
-    formats, other = list(IMAGE_FORMATS), dict.fromkeys(RAW_SUFFIXES, "convert them to JPEG")
-    if pillow_features.check("avif"):
-        formats.append("AVIF")
-    else:
-        other[".avif"] = "pip install --upgrade pillow"
-    try:
+def readable_here() -> list[str]:
+    """Formats of Pillow's that are read here."""
+    formats = [*IMAGE_FORMATS, *(["AVIF"] if pillow_features.check("avif") else [])]
+    with suppress(ImportError):
         import pillow_heif
         pillow_heif.register_heif_opener()
         formats.append("HEIF")
-    except ImportError:
-        other |= dict.fromkeys(HEIF_SUFFIXES, "pip install pillow-heif")
-    return formats, other
+    return formats
 
 
 def by_person(names: list[str]) -> list[list[str]]:
@@ -2099,17 +2266,27 @@ def crop_box(width: float, height: float, crop: float) -> Box:
     return left, top, left + side, top + side
 
 
-def open_photo(data: bytes, enough: float = MAX_PIXELS) -> tuple[Image.Image, float]:
-    """Decode a photo, upright as its EXIF says and in RGB. Where `enough` pixels of width and height will do, a JPEG
+def open_photo(data: bytes, enough: float = 3000) -> tuple[Image.Image, float]:
+    """Decode a photo, upright as its EXIF says and in sRGB. Where `enough` pixels of width and height will do, a JPEG
     decoder shrinks larger photos for free.
 
     Returns (image, how many of the photo's pixels one of its own stands for). ValueError says in one line why not."""
     try:
-        image = Image.open(io.BytesIO(data), formats=readable_here()[0])
+        Image.MAX_IMAGE_PIXELS = None  # Pillow would refuse what the decoder shrinks; ours is below
+        image = Image.open(io.BytesIO(data), formats=readable_here())
+        if image.format == "TIFF":  # its first page may be a thumbnail
+            sizes = [image.width * image.height]
+            with suppress(Exception):  # after the last page, which may be followed by rubbish
+                for page in range(1, 1000):
+                    image.seek(page)
+                    sizes.append(image.width * image.height)
+            image = Image.open(io.BytesIO(data), formats=["TIFF"])
+            image.seek(sizes.index(max(sizes)))
+            image.info["icc_profile"] = image.tag_v2.get(34675)  # type: ignore[attr-defined]  # not an earlier page's
         full = max(image.size)
+        image.draft(None, (math.ceil(enough), math.ceil(enough)))  # never larger than it is
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"has too many pixels ({image.width}×{image.height})")
-        image.draft(None, (math.ceil(enough), math.ceil(enough)))  # never larger than it is
         ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image), full / max(image.size)
     except UnidentifiedImageError:  # Pillow's message holds an address in memory
@@ -2119,10 +2296,21 @@ def open_photo(data: bytes, enough: float = MAX_PIXELS) -> tuple[Image.Image, fl
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB: 16-bit scaled to 8, transparency laid on white, the rest converted."""
+    """Any Pillow image in sRGB: what has a colour profile converted from it, 16-bit (or 12-bit in 16) scaled to 8,
+    transparency laid on white."""
+    profile = image.info.get("icc_profile")
+    if profile and image.mode in ("P", "RGB", "RGBA", "CMYK"):  # Display P3 or Adobe RGB would come out pale
+        with suppress(ImageCms.PyCMSError, OSError, ValueError):  # a broken one is passed over
+            theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "sRGB" not in ImageCms.getProfileDescription(theirs):
+                mode = "RGBA" if image.has_transparency_data else "RGB"
+                image = image if image.mode == "CMYK" else image.convert(mode)
+                ours = ImageCms.createProfile("sRGB")
+                image = ImageCms.profileToProfile(image, theirs, ours, outputMode=mode) or image
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16-bit greys to white
         grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip((grey + 128) // 257, 0, 255).astype(np.uint8)).convert("RGB")
+        whitest = 4095 if 1023 < grey.max() < 4096 else 65535
+        return Image.fromarray(np.clip((grey * 510 + whitest) // (2 * whitest), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("holds floating-point numbers of unknown range")
     if image.has_transparency_data:
@@ -2314,6 +2502,7 @@ def generate(settings: GenerateSettings) -> int:
     grid = Path(f"{out}-grid.png")  # not among the faces, which other tools read as they are
     z = sample_latents(settings.count, settings.seed, settings.min_abs)
     digits = max(5, len(str(settings.count - 1)))
+    empty_of_pngs(out)
     with tqdm(total=settings.count, unit="face", desc="generate", disable=not sys.stderr.isatty()) as bar:
         for start, part in enumerate(z.split(100)):
             images = sample_images(generator, part, precision="fp32")
@@ -2535,7 +2724,7 @@ def network_json(generator: Generator, facts: dict, directions: list[dict]) -> s
 
 def read_page() -> tuple[str, str]:
     """The page gan_eval.html, and the policy that allows its one script and its one style by their SHA-256."""
-    page = (Path(__file__).parent / "gan_eval.html").read_text("utf-8")
+    page = (Path(__file__).resolve().parent / "gan_eval.html").read_text("utf-8")
     script, style = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in
                      re.findall(r"<style>(.*?)</style>.*<script>(.*?)</script>", page, re.DOTALL)[0][::-1])
     policy = (f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; base-uri 'none'; "
@@ -2661,7 +2850,7 @@ def parse_whole(low: int, high: int, default: int | None = None) -> Callable:
     """A parser of a whole number."""
     def parse(value, size: int) -> int:
         text = str(default if value is None else value)
-        if not re.fullmatch(r"\d{1,4}", text, re.ASCII) or not low <= int(text) <= high:
+        if not re.fullmatch(r"\d{1,8}", text, re.ASCII) or not low <= int(text) <= high:
             raise ValueError(f"a whole number from {low} to {high} is wanted, not {text[:20]!a}")
         return int(text)
     return parse
@@ -2773,7 +2962,8 @@ class Site:
         self.load(self.default_path)
         self.page, self.policy = read_page()
         self.jacobian = lru_cache(2)(lambda generator, values: jacobian(generator, torch.tensor(values)))
-        self.strongest, self.neighbours_of = lru_cache(4)(strongest_directions), lru_cache(1)(NearestFaces)
+        self.strongest, self.neighbours_of = lru_cache(4)(strongest_directions), lru_cache(1)(
+            lambda data, *faces: NearestFaces(*load_known_faces({"data": data, "faces": [*faces]})))
 
     def checkpoints(self) -> dict[str, Path]:
         """Name -> file of what can be asked for. Names are looked up here, never joined into paths."""
@@ -2870,7 +3060,7 @@ class Site:
         return {"epochs": list(self.grids()), "best": self.load(best).facts["epoch"] if best else None, "columns": 10,
                 "rows": 10, "tile": model.size, "gap": 2}
 
-    @Route("/samples/EPOCH", epoch=parse_whole(0, 9999))
+    @Route("/samples/EPOCH", epoch=parse_whole(0, 10**7))
     def grid(self, model: Model, epoch: int) -> Response:
         if epoch not in self.grids():
             raise BadRequest(404, "no grid of that epoch: see /api/samples")
@@ -2962,7 +3152,7 @@ class Site:
     def neighbours(self, model: Model, values: Tensor) -> dict:
         """The training faces most like a face, in the judge's features."""
         try:
-            known = self.neighbours_of(model.facts["data"])
+            known = self.neighbours_of(model.facts["data"], *model.facts["faces"])
         except UserError as error:
             raise BadRequest(404, f"the training faces are not there: {one_line(error)}") from None
         distances, which = known.nearest(sample_images(model.generator, values[None]))
@@ -2994,9 +3184,10 @@ class Handler(BaseHTTPRequestHandler):
     def read_body(self) -> bytes:
         """The body of a request. BadRequest where it is not from our own page, is too large or cannot be told."""
         host = self.headers.get("Host", "")
-        page = self.headers.get("Origin", host).removeprefix("http://")  # what no page asks has no Origin
-        if not (self.server.is_own_name(host) and self.server.is_own_name(page)):
-            raise BadRequest(403, "this server answers to its own name and page alone (Host and Origin headers)")
+        if not self.server.is_own_name(host):
+            raise BadRequest(403, f"this server is not {host[:60]!a}: open {self.server.url}, or begin it with --host")
+        if self.headers.get("Origin", host).removeprefix("http://") != host:  # what no page asks has no Origin
+            raise BadRequest(403, f"only its own page may ask this server: open {self.server.url}")
         length, *more = self.headers.get_all("Content-Length", ["0"])
         if more or "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdecimal()):
             raise BadRequest(400, "the length of the body cannot be read")
@@ -3062,15 +3253,18 @@ class Server(ThreadingHTTPServer):
 
     def is_own_name(self, host: str) -> bool:
         """Whether a Host header names this server. A page elsewhere whose name was pointed here is refused (DNS
-        rebinding); an address cannot be re-pointed, so where all addresses are bound, each of them is accepted."""
+        rebinding). A name of this machine itself cannot be pointed elsewhere and may have any port, as behind a tunnel
+        or a container; nor can an address, so where all addresses are bound, each of them is accepted."""
         match = re.fullmatch(r"\[?([^\[\]@/]+?)\]?(?::(\d+))?", host.lower(), re.ASCII)
-        if not match or (match[2] or "80") != str(self.port):
-            return False
-        if self.host not in ("0.0.0.0", "::"):
-            return match[1] in (self.host.lower(), "localhost", "127.0.0.1", "::1")
+        name, port = match.groups("80") if match else ("", "")
+        if name in ("localhost", "127.0.0.1", "::1"):
+            return True
+        everywhere = self.host in ("0.0.0.0", "::")
         with suppress(ValueError):
-            return bool(ip_address(match[1]))
-        return match[1] in ("localhost", socket.gethostname().lower())
+            if everywhere:
+                return bool(ip_address(name))
+        own = socket.gethostname() if everywhere else self.host
+        return (name, port) == (own.lower(), str(self.port))
 
     def handle_error(self, request, client_address) -> None:
         """One line for a fault outside of answering; none for a client that went away or was too slow."""
@@ -3103,7 +3297,7 @@ def serve(settings: EvalSettings) -> int:
 # Command line: the other settings, one function a command
 # ================================================================================================
 
-FEW_FACES = 500  # with fewer, a generator learns them by heart
+FEW_FACES = 1000  # with fewer, a generator learns them by heart
 
 
 @dataclass(frozen=True)
@@ -3182,7 +3376,8 @@ class DemoSettings:
 
 
 FATES = {"used": "used", "held_out": "held out", "left_by_per_person": "left by --per-person",
-         "left_by_limit": "left by --limit", "skipped": "skipped"}  # of photos, in the manifest and in words
+         "left_by_limit": "left by --limit", "copies": "there twice",
+         "skipped": "skipped"}  # of photos, in the manifest and in words
 
 
 def command_prepare(settings: PrepareSettings) -> int:
@@ -3200,9 +3395,13 @@ def command_prepare(settings: PrepareSettings) -> int:
         f"{settings.data}/faces.png, then `gan.py train`")
     told = "".join(f", {files[key]:,} {words}" for key, words in FATES.items() if files[key])
     say(f"{manifest['photos_found']:,} photos found{told.replace(',', ':', 1)}{unread_text(files['not_read'])}")
+    if others := manifest["other_files"]:
+        kinds = sorted(others, key=lambda kind: (-others[kind], kind))
+        told = ", ".join(f"{ascii(kind)[1:-1]} {others[kind]:,}" for kind in kinds[:10])
+        say(f"no photos: {told}" + (f" and {len(kinds) - 10:,} more kinds" if len(kinds) > 10 else ""))
     if manifest["count"] < FEW_FACES:
-        say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES} the generator learns them by "
-            "heart")
+        say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES:,} the generator learns them by "
+            "heart, unless it begins with one that was trained on others (train --start-from)")
     return 0
 
 
@@ -3218,17 +3417,17 @@ def command_judge(settings: JudgeSettings) -> int:
     for path in paths:
         generator, facts = load_generator(path, device)
         if judge is None:
-            data = Path(settings.data or facts["data"])
-            judge = Judge(load_faces(data)[0], load_faces(data, "held_out")[0], device)
+            judge = Judge(*load_known_faces(facts, settings.data), device)
             if not settings.json:
-                say(f"{judge.count} generated faces against as many of {data} that were held out")
+                say(f"{judge.count} generated faces against as many of {settings.data or facts['data']} that were held "
+                    "out")
                 say(f"{'checkpoint':14s}{'epoch':>7s}" + "".join(f"{name:>13s}" for name in SCORES))
         scores = judge.score(sample_images(generator, sample_latents(judge.count, settings.seed)))
         lines.append({"checkpoint": str(path), "epoch": facts["epoch"], **scores})
         if not settings.json:
             say(f"{path.stem:14s}{facts['epoch']:7d}" + "".join(f"{scores[name]:13.3f}" for name in SCORES))
     if settings.json:
-        say(json.dumps(lines, indent=1))
+        print(json.dumps(lines, indent=1), flush=True)  # unlike `say`, this fails where it cannot be written
     return 0
 
 
@@ -3297,6 +3496,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str):
+        if re.match("unrecognized arguments: [^-].*[./]", message):
+            message += ": the shell made many words of a pattern, name the folder instead"
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -3310,7 +3511,8 @@ def make_parser() -> argparse.ArgumentParser:
         for item in fields(declaration):
             flag, about = "--" + item.name.replace("_", "-"), item.metadata["help"].replace("%", "%%")
             if item.metadata["positional"]:
-                command.add_argument(item.name, help=about, metavar=item.metadata["metavar"])
+                command.add_argument(item.name, type=item.metadata["parse"], help=about,
+                                     metavar=item.metadata["metavar"])
             elif item.default is False:
                 command.add_argument(flag, action="store_true", help=about)
             else:
@@ -3322,7 +3524,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 success, 1 failure, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
-    for stream in (sys.stdout, sys.stderr):
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # None where it was closed
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be more than the terminal can show
     arguments = vars(make_parser().parse_args(argv))

@@ -45,7 +45,7 @@ import gan  # noqa: E402
 
 MODELS = [*gan.OBJECTIVES]
 BATCHES = (20, 64, 256)
-LEAST_SECONDS = 10.0  # that a part is given
+LEAST_SECONDS = 30.0  # that a part is given
 TURNS = ("discriminator", "generator")
 
 

@@ -60,13 +60,14 @@ def test_from_photos_to_a_face_in_the_browser(tmp_path, monkeypatch, capsys):
     (["train", "--epochs", "many"], 2, "'many' is not a whole number"),
     (["train", "--model", "VAE"], 2, "none of DCGAN, WGAN, WGAN-GP"),
     (["train", "--balance", "sometimes"], 2, "'sometimes' is neither accuracy nor half nor a whole number"),
-    (["train", "--epoch", "3"], 2, "unrecognized"),
+    (["train", "--epoch", "3"], 2, "unrecognized"), (["train", "100"], 2, "unrecognized arguments: 100 (see"),
+    (["prepare", "--dataset", "photos/a.jpg", "photos/b.jpg"], 2, "made many words of a pattern, name the folder instead"),
     (["prepare", "--size", "81"], 2, "none of 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256"),
     (["prepare", "--crop", "nan"], 2, "nan is not from 0.05 to 1"),
     (["prepare", "--demo", "--download"], 1, "choose one"),
     (["generate", "--min-abs", "9"], 2, "9 is not from 0.0 to 3.0"),
     ([], 2, "required: command"), (["fly"], 2, "invalid choice"),
-    (["train"], 1, "no dataset in data: make one with `gan.py prepare`"), (["generate"], 1, "no run in runs/"),
+    (["train"], 1, "data: make one with `gan.py prepare`, or name yours with --data"), (["generate"], 1, "no run in runs/"),
     (["eval", "--run", "nowhere"], 1, "no run in nowhere"),
     (["train", "--device", "cuda"], 1, "--device cuda is not available")])
 def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, code, words):
@@ -115,6 +116,47 @@ def test_defaults_are_the_documented_ones(command):
     defaults = {item.name: item.default for item in fields(gan.COMMANDS[command][0])}
     assert {name: value for name, value in defaults.items() if value is not None and value is not False} == (
         DEFAULTS[command])
+
+
+PATHS = {("prepare", "dataset"), ("prepare", "data"), ("prepare", "png"), ("train", "data"), ("train", "run"),
+         ("train", "checkpoint"), ("train", "start_from"), ("generate", "run"), ("generate", "checkpoint"), ("generate", "out"),
+         ("judge", "run"), ("judge", "checkpoint"), ("judge", "data"), ("eval", "run"), ("eval", "checkpoint"),
+         ("invert", "photo"), ("invert", "run"), ("invert", "checkpoint"), ("invert", "out"), ("export", "file"),
+         ("export", "run"), ("export", "checkpoint")}
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
+    """Also behind `=`, where no shell makes it one."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    paths = set()
+    for command, (declaration, _, _) in gan.COMMANDS.items():
+        needed = [item for item in fields(declaration) if item.metadata["positional"]]
+        for item in fields(declaration):
+            flag = ["~/x"] if item in needed else [*("x" for _ in needed), f"--{item.name.replace('_', '-')}=~/x"]
+            if "str" in str(item.type) and item.metadata["parse"] is os.path.expanduser:
+                paths.add((command, item.name))
+                assert getattr(gan.make_parser().parse_args([command, *flag]), item.name) == "/home/me/x"
+    assert paths >= PATHS
+
+
+def test_a_link_to_gan_py_finds_its_page(trained, tmp_path):
+    """As in ~/bin: `export` writes the page that is beside the file itself."""
+    (tmp_path / "gan.py").symlink_to(ROOT / "gan.py")
+    done = subprocess.run([sys.executable, "gan.py", "export", "--run", trained, "page.html"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "") and "<html" in (tmp_path / "page.html").read_text("utf-8")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a file descriptor")
+def test_output_may_be_closed_from_the_beginning(trained, tmp_path):
+    """As by `>&- 2>&-` or where there is no console: the work is done all the same."""
+    def close():
+        os.close(1)
+        os.close(2)
+    done = subprocess.run([sys.executable, ROOT / "gan.py", "generate", "--run", trained, "--count", "1", "--out", "x"],
+                          cwd=tmp_path, preexec_fn=close, timeout=100)
+    assert done.returncode == 0 and (tmp_path / "x" / "face-00000.png").exists()
 
 
 @pytest.mark.parametrize("bad", [10, 11])

@@ -29,7 +29,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps, TiffImagePlugin
 
 import gan
 
@@ -277,12 +277,132 @@ def test_every_file_is_accounted_for(tmp_path, capsys, monkeypatch, no_heif):
     left = allowed.keys() - used - apart - bad
     assert manifest["files"] == {"used": len(used), "held_out": len(apart), "left_by_per_person": 300,
                                  "left_by_limit": len(left), "skipped": len(bad) + 1,
-                                 "not_read": {".heic": 2, ".avif": 1, ".dng": 1}}
+                                 "copies": 0, "not_read": {"HEIC": 2, "AVIF": 1, "raw": 1}}
     assert len(used) == 200 and len(apart) > 250 and len(bad) > 20 and used | apart | bad < allowed.keys()
     line, = (line.replace(",", "") for line in capsys.readouterr().out.splitlines() if "photos found" in line)
     found, *parts = map(int, re.findall(r"(?<![.\w])(\d+)(?= |$)", line))
     assert found == sum(parts) == len(files) - 1 == manifest["photos_found"]
-    assert ".heic 2 (pip install pillow-heif)" in line
+    assert "HEIC 2 (pip install pillow-heif)" in line and manifest["other_files"] == {".txt": 1}
+
+
+RAR, HEIC = b"Rar!\x1a\7\1\0" + bytes(99), b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+OTHERS = {  # a file that is no photo here -> what is said of it
+    ".hidden.png": "hidden or thumbnail", "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg": "hidden or thumbnail",
+    "#recycle/b.png": "hidden or thumbnail", "$RECYCLE.BIN/$R1.png": "hidden or thumbnail",
+    "2019/Thumbs.db": "hidden or thumbnail", "__MACOSX/a.png": "hidden or thumbnail", "a/.b/c/d.png":
+    "hidden or thumbnail", "notes.txt": ".txt", "7zip.txt": ".txt", "README": "no suffix", "film.MOV": ".mov",
+    "a.heic": "HEIC", "named.jpg": "HEIC", "more.rar": "rar or 7z", "more.7z": "rar or 7z", "b.DNG": "raw",
+    "c.pef": "raw", "d.jxl": "JPEG XL"}
+HEADS = {"a.heic": HEIC, "named.jpg": HEIC, "more.rar": RAR, "more.7z": b"7z\xbc\xaf\x27\x1c", "7zip.txt": b"7zip",
+         "d.jxl": b"\xff\x0a", "c.pef": flat("RGB", 0, "TIFF")}  # most raw photos begin like a TIFF's
+
+
+def test_content_decides_what_a_file_is(tmp_path, capsys, no_heif):
+    """Photos without a suffix or with another's are read, and archives in folders and in archives; all other files are
+    counted by kind, in the manifest and in two lines."""
+    deeper = pack(tmp_path / "deeper.zip", {"a/6.png": photo(6)}).read_bytes()
+    photos = {"IMG_0.HEIC": flat("L", 0, "JPEG"), "1.png_large": photo(1), "2": photo(2),
+              "subject03.glasses": flat("RGB", (3, 0, 128), "GIF"), "4.zip": photo(4), "5.jpg": photo(5),
+              "more.zip": pack(tmp_path / "more.zip", {"b/deeper.zip": deeper, "7.png": photo(7)}).read_bytes(),
+              "x/more.tgz": pack(tmp_path / "more.tgz", {"8.png": photo(8), ".9.png": photo(9)}).read_bytes()}
+    source = pack(tmp_path / "photos", photos | {name: HEADS.get(name, photo(99)[8:]) for name in OTHERS})
+    assert gan.main(["prepare", "--dataset", str(source), "--data", str(tmp_path / "data"), "--size", "32", "--crop",
+                     "1"]) == 0
+    manifest, told = json.loads((tmp_path / "data/manifest.json").read_text()), Counter(OTHERS.values())
+    assert sorted(seen(tmp_path / "data")) == [*range(9)] and manifest["skipped"] == []
+    assert {face["photo"] for face in faces_told(tmp_path / "data")} >= {
+        "more.zip/b/deeper.zip/a/6.png", "more.zip/7.png", "x/more.tgz/8.png"}
+    not_read = {kind: told.pop(kind) for kind in gan.UNREAD if kind in told}
+    told["hidden or thumbnail"] += 1  # in more.tgz
+    assert manifest["files"]["not_read"] == not_read and manifest["other_files"] == told
+    assert manifest["photos_found"] == 9 + sum(not_read.values())
+    lines = capsys.readouterr().out
+    assert "not read HEIC 2 (pip install pillow-heif), JPEG XL 1 (convert" in lines
+    assert "\nno photos: hidden or thumbnail 8, .txt 2, .mov 1, no suffix 1\n" in lines
+
+
+def test_kinds_of_files_that_are_no_photos_are_told_in_one_line(tmp_path, capsys):
+    """However many there are, and whatever their names would do to a terminal."""
+    files = {f"image.{number:03}": b"x" for number in range(20)} | {"a.\x1b[31m\nb": b"x"} if os.name == "posix" else {}
+    source = pack(tmp_path / "photos", files | {"a.png": photo(1)})
+    assert gan.main(["prepare", "--dataset", str(source), "--data", str(tmp_path / "data"), "--size", "32"]) == 0
+    line, = (line for line in capsys.readouterr().out.splitlines() if "no photos" in line)
+    assert len(line) < 200 and "\x1b" not in line and (not files or line.endswith(" and 11 more kinds"))
+
+
+@pytest.mark.parametrize("content, reason", [
+    (b"", "is empty"), (b"PK\3\4 broken", "is no whole archive"), (b"\x1f\x8b broken", "is no whole archive"),
+    (b"text", "is no whole archive")])
+@pytest.mark.parametrize("name", ["x.zip", "x.tgz"])
+def test_archives_that_are_none(tmp_path, monkeypatch, name, content, reason):
+    """In a folder they cost only themselves, and nothing else is read in their place."""
+    monkeypatch.chdir(pack(tmp_path / "here", {"mine.png": photo(9)}))
+    manifest = prepared(pack(tmp_path / "photos", {"a.png": photo(1), name: content}), tmp_path / "data")
+    assert seen(tmp_path / "data") == [1] and reasons(manifest).keys() == {name}
+    assert reason in reasons(manifest)[name] and "ReadError" not in reasons(manifest)[name]
+
+
+def test_zip_with_backslashes(tmp_path):
+    """As old programs of Windows write them: their folders are persons, and none of them is a file."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, data in [("all\\", b"")] + [(f"all\\p{i % 5}\\{i}.png", photo(i)) for i in range(20)]:
+            info = zipfile.ZipInfo("x")
+            info.filename, info.create_system = name, 0
+            archive.writestr(info, data)
+    manifest = prepared(tmp_path / "a.zip", tmp_path / "data", per_person=2)
+    assert manifest["files"] == manifest["files"] | {"used": 10, "left_by_per_person": 10}
+    assert folders(face["photo"] for face in faces_told(tmp_path / "data")) == {f"all/p{i}": 2 for i in range(5)}
+    assert manifest["other_files"] == {}
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("x.rar", RAR, "neither a folder nor"), ("x.7z", HEADS["more.7z"], "neither a folder nor"),
+    ("x.png", photo(1), "name the folder that it is in"), ("https://example.com/x.zip", None, "is an address: download")])
+def test_what_is_no_source_is_told_in_one_line(tmp_path, capsys, monkeypatch, name, content, expected):
+    """A .rar, a single photo and an address."""
+    monkeypatch.chdir(tmp_path)
+    if content:
+        Path(name).write_bytes(content)
+    line = error_line(capsys, "prepare", "--dataset", name, "--data", "data")
+    assert line.startswith(f"gan.py: {name} is ") and expected in line
+
+
+def pattern(number: int, side: int = 96) -> Image.Image:
+    """A picture that is like no other one."""
+    colours = np.random.default_rng(number).integers(0, 256, (5, 5, 3), np.uint8)
+    return Image.fromarray(colours).resize((side, side), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("least, held_out", [(10, True), (100, False)])
+def test_of_a_photo_that_is_there_twice_one_is_used(tmp_path, monkeypatch, least, held_out):
+    """Under another name, smaller, in another quality or turned by its EXIF; nothing is both trained on and held out,
+    and the numbers add up."""
+    turned = Image.Exif()
+    turned[0x0112] = 8
+    files = {f"{i:02}.png": encoded(pattern(i)) for i in range(60)}
+    files |= {f"{i:02} (1).png": files[f"{i:02}.png"] for i in range(20)}
+    files |= {f"{i:02}.jpg": encoded(pattern(i, 50), "JPEG", quality=40) for i in range(15, 40)}
+    files |= {f"x/{i:02}.jpg": encoded(pattern(i).rotate(-90), "JPEG", exif=turned) for i in range(30, 50)}
+    monkeypatch.setattr(gan, "LEAST_JUDGED", least)
+    manifest = prepared(pack(tmp_path / "photos", files | {"bad.png": b"bad"}), tmp_path / "data")
+    parts = [[int(re.search(r"(\d\d)( \(1\))?\.", face["photo"])[1]) for face in faces_told(tmp_path / "data", kind)]
+             for kind in ("batches", "held_out")]
+    assert sorted(parts[0] + parts[1]) == [*range(60)] and bool(parts[1]) == held_out
+    counts = manifest["files"]
+    assert (counts["used"], counts["held_out"]) == (len(parts[0]), len(parts[1])) and counts["copies"] == 65
+    assert sum(counts[key] for key in gan.FATES) == manifest["photos_found"] == 126
+
+
+def test_copies_make_room_for_others(tmp_path, capsys):
+    """--limit counts what is used, and the closing line tells of the copies that were met on the way."""
+    files = {f"{copy}-{i}.png": encoded(pattern(i)) for copy in "ab" for i in range(8)}
+    source = pack(tmp_path / "photos.zip", files)
+    assert gan.main(["prepare", "--dataset", str(source), "--data", str(tmp_path / "data"), "--size", "32", "--limit",
+                     "7"]) == 0
+    counts = json.loads((tmp_path / "data/manifest.json").read_text())["files"]
+    assert counts["used"] == 7 and 7 + counts["copies"] + counts["left_by_limit"] == 16
+    assert f"16 photos found: 7 used, {counts['left_by_limit']} left by --limit, {counts['copies']} there twice" in (
+        capsys.readouterr().out)
 
 
 @given(st.lists(st.tuples(st.sampled_from("ABC"), st.integers(0, 9))), st.integers(0, 3), st.integers(0, 99))
@@ -427,7 +547,45 @@ def grey16(value: int) -> bytes:
     return png(16, 16, 16, 0, (b"\0" + struct.pack(">H", value) * 16) * 16)
 
 
+def rotated_profile() -> bytes:
+    """A colour profile with sRGB's colours and a gamma of 2.2, in which red stands for green, green for blue and blue
+    for red: who passes it over sees other colours."""
+    def fixed(*numbers: float) -> bytes:
+        return b"".join(struct.pack(">i", round(number * 65536)) for number in numbers)
+    red, green, blue = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)  # XYZ under D50
+    white = (0.9642, 1, 0.8249)
+    tags = [(b"desc", b"desc\0\0\0\0\0\0\0\2x\0".ljust(92, b"\0")), (b"cprt", b"text\0\0\0\0none\0\0\0\0")]
+    tags += [(name, b"XYZ \0\0\0\0" + fixed(*place))
+             for name, place in [(b"wtpt", white), (b"rXYZ", green), (b"gXYZ", blue), (b"bXYZ", red)]]
+    tags += [(name, b"curv\0\0\0\0\0\0\0\1\x02\x33\0\0") for name in (b"rTRC", b"gTRC", b"bTRC")]
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, value in tags:
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(value))
+        body += value
+    head = struct.pack(">I4xI12s12x4s28x", 128 + len(table + body), 0x02400000, b"mntrRGB XYZ ", b"acsp") + fixed(*white)
+    return head.ljust(128, b"\0") + table + body
+
+
+def pages(*pictures: tuple[Image.Image, dict]) -> bytes:
+    """A TIFF of several pages, each with its own options."""
+    file = io.BytesIO()
+    with TiffImagePlugin.AppendingTiffWriter(file) as writer:
+        for picture, options in pictures:
+            picture.save(writer, "TIFF", **options)
+            writer.newFrame()
+    return file.getvalue()
+
+
+def grey12(whitest: int) -> bytes:
+    """Half grey where 4,095 is white, with one pixel of another brightness, outside the middle."""
+    grey = np.full((64, 64), 2048, np.uint16)
+    grey[0, 0] = whitest
+    return encoded(Image.fromarray(grey), "TIFF")
+
+
 ORANGE, GREEN, BLACK = (200, 90, 40), (0, 255, 0), Image.new("RGB", (16, 16))
+PROFILE, TURNED = rotated_profile(), (90, 40, 200)  # and orange in its numbers
+LARGE, SMALL = Image.new("RGB", (40, 40), ORANGE), Image.new("RGB", (16, 16), GREEN)
 COLOURS = {  # a photo of one colour, and that colour in RGB, transparency laid on white
     "grey": (flat("L", 100), (100, 100, 100)), "1-bit": (flat("1", 1), (255, 255, 255)),
     "grey, alpha": (flat("LA", (100, 128)), (177, 177, 177)), "grey, opaque": (flat("LA", (100, 255)), (100, 100, 100)),
@@ -444,6 +602,20 @@ COLOURS = {  # a photo of one colour, and that colour in RGB, transparency laid 
     "16-bit TIFF": (flat("I;16", 32768, "TIFF"), (128,) * 3), "negative TIFF": (flat("I", -5000, "TIFF"), (0,) * 3),
     "too bright TIFF": (flat("I", 70_000, "TIFF"), (255,) * 3),
     "16-bit PGM": (b"P5 16 16 65535\n" + b"\x80\0" * 256, (128,) * 3)}
+COLOURS |= {
+    "MPO": (encoded(LARGE, "MPO", save_all=True, append_images=[SMALL]), ORANGE),
+    "JPEG 2000": (encoded(LARGE, "JPEG2000"), ORANGE), "TGA": (encoded(LARGE, "TGA", compression="tga_rle"), ORANGE),
+    "TIFF, a thumbnail first": (pages((SMALL, {"icc_profile": PROFILE}), (LARGE, {})), ORANGE),
+    "TIFF, a thumbnail last": (pages((LARGE, {}), (SMALL, {})), ORANGE),
+    "TIFF, broken after its page": (pages((LARGE, {}))[:-4] + b"\xff" * 4, ORANGE),
+    "12-bit grey": (grey12(4095), (128,) * 3), "dark 12-bit grey": (grey12(0), (128,) * 3),
+    "16-bit grey, dark": (grey12(4096), (8,) * 3),
+    **{f"profile, {kind}": (flat("RGB", TURNED, kind, icc_profile=PROFILE), ORANGE) for kind in ("PNG", "JPEG", "TIFF")},
+    "profile, palette": (encoded(Image.new("RGB", (16, 16), TURNED).quantize(2), icc_profile=PROFILE), ORANGE),
+    "profile, RGBA": (flat("RGBA", (*TURNED, 128), icc_profile=PROFILE), (227, 173, 147)),
+    "profile, clear": (flat("RGB", TURNED, transparency=TURNED, icc_profile=PROFILE), (255, 255, 255)),
+    "profile of RGB, grey": (flat("L", 100, "JPEG", icc_profile=PROFILE), (100,) * 3),
+    "broken profile": (flat("RGB", ORANGE, "JPEG", icc_profile=PROFILE[:200]), ORANGE)}
 COLOURS |= {f"16-bit grey {value}": (grey16(value), (grey,) * 3)
             for value, grey in [(0, 0), (257, 1), (12850, 50), (32768, 128), (65535, 255)]}
 
@@ -451,10 +623,31 @@ COLOURS |= {f"16-bit grey {value}": (grey16(value), (grey,) * 3)
 @pytest.mark.parametrize("kind", COLOURS)
 def test_every_mode_becomes_the_right_rgb(kind):
     """Grey, palette, alpha, CMYK, 16-bit and animated (first frame) photos keep their colour within 2 of 255, deep
-    greys exactly."""
+    greys exactly; with a colour profile, up to the gamma of 2.2 that is nearly sRGB's."""
     face, exact = decoded(COLOURS[kind][0], 32, 0.5), kind.startswith(("16-bit grey", "negative"))
     assert face.shape == (32, 32, 3) and face.dtype == np.uint8
-    assert np.abs(face.astype(int) - COLOURS[kind][1]).max() <= (0 if exact else 2)
+    off = 0 if exact else 6 if kind.startswith("profile, ") else 2
+    assert np.abs(face.astype(int) - COLOURS[kind][1]).max() <= off
+
+
+def test_the_limit_of_pixels_is_of_what_is_decoded(monkeypatch):
+    """A JPEG that its decoder shrinks may have more, as a phone's of 108 megapixels; other photos may not."""
+    monkeypatch.setattr(gan, "MAX_PIXELS", 60 * 50)
+    picture = Image.new("RGB", (400, 300), ORANGE)
+    image, scale = gan.open_photo(encoded(picture, "JPEG"), 37)
+    assert image.size == (50, 38) and scale == 8 and np.abs(np.asarray(image).mean((0, 1)) - ORANGE).max() < 2
+    for kind, enough in [("JPEG", 60), ("PNG", 38)]:
+        with pytest.raises(ValueError, match=r"too many pixels"):
+            gan.open_photo(encoded(picture, kind), enough)
+
+
+def test_a_tiff_is_upright_as_its_largest_page_says():
+    """Whatever the page of its thumbnail says."""
+    picture = LARGE.copy()
+    picture.paste(GREEN, (0, 0, 40, 20))
+    for first, second in [(1, 3), (3, 1)]:
+        face = decoded(pages((SMALL, {"tiffinfo": {0x0112: first}}), (picture, {"tiffinfo": {0x0112: second}})), 32, 1.0)
+        assert face[3, 3].tolist() == [*(ORANGE if second == 3 else GREEN)]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
@@ -479,7 +672,8 @@ def portraits() -> list[tuple[Image.Image, tuple[float, float, float]]]:
     if "GAN_TEST_PHOTOS" in os.environ:
         source = Path(os.environ["GAN_TEST_PHOTOS"])
         with tempfile.TemporaryDirectory() as scratch:
-            files = [*gan.find_photos(source, Path(scratch))[0].values()][:200]
+            settings = gan.PrepareSettings(dataset=str(source))
+            files = [*gan.Photos(settings, Path(scratch)).files.values()][:200]
             return [(gan.open_photo(file.read_bytes())[0], (0.5, 0.5, 0.5)) for file in files]
     cartoons = [gan.cartoon_face(np.random.default_rng([1, i]), 160) for i in range(20)]
     return [(face, (0.5, 0.53, 0.79)) for face in cartoons if gan.find_faces(ImageOps.expand(face, 80, "grey"))]
@@ -605,11 +799,12 @@ def test_faces_at_the_edge_are_mirrored_or_refused(monkeypatch):
 
 def test_one_face_of_a_person_all_of_a_flat_folder(portraits, tmp_path):
     """The largest face of each of a person's photos, every face in a flat folder; photos without are skipped."""
-    picture = Image.new("RGB", (700, 400), "grey")
-    picture.paste(portraits[0][0].resize((200, 200)), (50, 100))
-    picture.paste(portraits[0][0].resize((300, 300)), (350, 50))
-    files = {"ann/1.png": encoded(picture), "ann/2.png": encoded(picture), "bob/1.png": encoded(picture),
-             "bob/2.png": photo(7)}
+    files, heads = {"bob/2.png": photo(7)}, iter(portraits)
+    for name in ("ann/1.png", "ann/2.png", "bob/1.png"):
+        picture = Image.new("RGB", (700, 400), "grey")
+        picture.paste(next(heads)[0].resize((200, 200)), (50, 100))
+        picture.paste(next(heads)[0].resize((300, 300)), (350, 50))
+        files[name] = encoded(picture)
 
     def sides(kind: str, names: dict[str, bytes]) -> list[tuple]:
         source = pack(tmp_path / kind, names)
@@ -623,7 +818,7 @@ def test_one_face_of_a_person_all_of_a_flat_folder(portraits, tmp_path):
     everyone = sides("flat", {name.replace("/", "-"): data for name, data in files.items()})
     assert sorted(name for name, _ in persons) == ["ann/1.png", "ann/2.png", "bob/1.png"]
     assert sorted(name for name, _ in everyone) == sorted(2 * ["ann-1.png", "ann-2.png", "bob-1.png"])
-    assert {side for _, side in persons} == {max(side for _, side in everyone)} != {side for _, side in everyone}
+    assert dict(persons) == {name.replace("-", "/"): side for name, side in sorted(everyone)}  # the larger one's side
 
 
 def test_many_faces_of_few_photos(tmp_path, monkeypatch):
@@ -668,7 +863,7 @@ def test_without_opencv_there_is_one_line(tmp_path, capsys, monkeypatch, absent)
 @pytest.mark.parametrize(("name", "kind"), [("a.avif", "AVIF"), ("b.HEIC", "HEIF")])
 def test_avif_and_heic_are_read_where_they_can_be(tmp_path, name, kind):
     """With a Pillow that has AVIF, and with pillow-heif, they are photos like any other."""
-    if kind not in gan.readable_here()[0]:
+    if kind not in gan.readable_here():
         pytest.skip(f"nothing here reads {kind}")
     prepared(pack(tmp_path / "photos", {name: flat("RGB", ORANGE, kind, side=64)}), tmp_path / "data")
     assert np.abs(gan.load_faces(tmp_path / "data")[0][0].numpy().mean((1, 2)) - ORANGE).max() < 5
@@ -710,7 +905,8 @@ def test_hostile_photos_are_converted_or_skipped_for_a_reason(tmp_path, kind):
 
 @posix
 def test_hostile_things_in_a_folder(tmp_path):
-    """Links, loops, fifos and files beyond all measure are skipped; no link leads out of the source."""
+    """Links, loops, fifos and files beyond all measure are skipped; no link leads out of the source, and one to a folder
+    is told like one to a file."""
     source = pack(tmp_path / "photos", {"good.png": photo(1), "sub.png/good.png": photo(2)})
     secret = pack(tmp_path / "outside", {"secret.png": photo(3)})
     for link, target in [("link.png", secret / "secret.png"), ("out", secret), ("self.png", "self.png"),
@@ -721,8 +917,10 @@ def test_hostile_things_in_a_folder(tmp_path):
         file.truncate(1 << 40)
     manifest = prepared(source, tmp_path / "data")
     assert sorted(seen(tmp_path / "data")) == [1, 2]
-    assert reasons(manifest) == {"link.png": "is a link", "self.png": "is a link", "fifo.png": "is not a regular file",
-                                 "huge.png": "is larger than 100 MB"}
+    found = reasons(manifest)
+    assert all(found.pop(name).startswith("is a link: name what it leads to by another --dataset")
+               for name in ("link.png", "self.png", "out", "sub.png/up"))
+    assert found == {"fifo.png": "is not a regular file", "huge.png": "is larger than 100 MB"}
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read every file")
@@ -734,6 +932,21 @@ def test_unreadable_file_and_folder_are_skipped(tmp_path):
     manifest = prepared(source, tmp_path / "data")
     (source / "locked").chmod(0o700)
     assert reasons(manifest) == dict.fromkeys(["closed.png", "locked"], "Permission denied")
+
+
+def test_a_folder_that_cannot_be_entered_costs_only_itself(tmp_path, monkeypatch):
+    """Its photos are skipped by name, where they can be listed; those of the folders after it are used."""
+    def denied(function):
+        def guarded(path, *arguments, **options):
+            if "bob" in Path(path).parts:
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *arguments, **options)
+        return guarded
+    source = pack(tmp_path / "photos", {f"{name}/{i}.png": photo(i) for i, name in enumerate(["ann", "bob", "cy"])})
+    monkeypatch.setattr(Path, "lstat", denied(Path.lstat))  # as on a folder without the permission x
+    monkeypatch.setattr(os, "listdir", denied(os.listdir))
+    assert reasons(prepared(source, tmp_path / "data")) == {"bob/1.png": "Permission denied"}
+    assert sorted(seen(tmp_path / "data")) == [0, 2]
 
 
 MEMBERS = {  # a member of an archive -> its kind in a zip, its kind in a tar, and the reason for which it is skipped
@@ -847,6 +1060,32 @@ def test_folder_that_is_not_ours_is_refused_and_untouched(tmp_path, capsys, file
     before = listing(tmp_path)
     assert "--data" in error_line(capsys, "prepare", "--demo", "--limit", 1, "--size", 32, "--data", data)
     assert listing(tmp_path) == before
+
+
+def test_png_files_of_before_are_removed(tmp_path):
+    """--png leaves this dataset's faces in its folder, and whatever else is there."""
+    data, files = tmp_path / "data", {f"{i}.png": photo(i) for i in range(9)}
+    others = {"face-anna.png": b"mine", "face-00001.jpg": b"mine", "other/face-00000.png": b"mine"}
+    pngs = pack(tmp_path / "pngs", others)
+    for count in (9, 4):
+        source = pack(tmp_path / f"photos {count}", dict([*files.items()][:count]))
+        prepared(source, data, png=str(pngs))
+        found = listing(pngs)
+        assert {name: found.pop(name) for name in others} == others and found.pop("other") == b""
+        assert [*found] == [f"face-{i:05}.png" for i in range(count)]
+        with Image.open(pngs / "face-00003.png") as face:
+            assert np.array_equal(face, gan.load_faces(data)[0][3].permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("folder", ["", "in/it"])
+def test_png_files_never_take_the_place_of_photos(tmp_path, capsys, folder):
+    """A --png among the photos is refused, and not one of them is lost; nor is one where there are no photos."""
+    source = pack(tmp_path / "photos", {"face-00000.png": photo(0), "in/it/face-00001.png": photo(1)})
+    for dataset in (source, tmp_path / "none"):
+        line = error_line(capsys, "prepare", "--dataset", dataset, "--data", tmp_path / "data", "--png", source / folder)
+        assert ("--png" if dataset == source else "does not exist") in line
+    assert listing(source) == listing(pack(tmp_path / "same", {"face-00000.png": photo(0),
+                                                               "in/it/face-00001.png": photo(1)}))
 
 
 def test_dataset_inside_its_source_is_no_photo(tmp_path):

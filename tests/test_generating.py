@@ -81,3 +81,19 @@ def test_generate_takes_the_newest_run_and_the_named_checkpoint(trained, tmp_pat
         assert grid.size == (342, 70)
     with gan.Image.open(tmp_path / "faces-film.webp") as film:  # 11 ways of 24 pictures, and the last face
         assert (film.n_frames, film.size) == (265, (64, 64))
+
+
+def test_faces_of_before_do_not_stay_among_new_ones(trained, tmp_path):
+    """Fewer faces in a folder that held more: those of the new seed alone. What we never wrote is not ours to remove."""
+    own = ["face-of-a-friend.png", "face-1.png", "face-00003.jpg", "notes.txt"]
+    arguments = ["generate", "--run", str(trained), "--out", str(tmp_path / "faces")]
+    assert gan.main([*arguments, "--count=9"]) == 0
+    for name in own:
+        (tmp_path / "faces" / name).write_bytes(b"mine")
+    assert gan.main([*arguments, "--count=2", "--seed=5"]) == 0
+    there = {path.name: path.read_bytes() for path in (tmp_path / "faces").iterdir()}
+    assert there.keys() == {"face-00000.png", "face-00001.png", *own} and all(there[name] == b"mine" for name in own)
+    generator, _ = gan.load_generator(gan.find_checkpoint(trained, None), torch.device("cpu"))
+    expected = gan.sample_images(generator, gan.sample_latents(2, 5), precision="fp32")[1].permute(1, 2, 0).numpy()
+    with gan.Image.open(tmp_path / "faces" / "face-00001.png") as face:
+        assert gan.np.abs(gan.np.asarray(face).astype(int) - expected).max() <= 1

@@ -83,6 +83,15 @@ def test_memory_tells_learning_by_heart(faces, judge):
     assert judge.score(held_out[:judge.count])["memory"] == 1
 
 
+def test_held_out_faces_that_are_training_faces_too(faces):
+    """Photos that are there twice: real faces are then at no distance of each other, and all scores are numbers still,
+    least for these faces themselves."""
+    judge = gan.Judge(faces[0], faces[0], CPU)
+    same, other = judge.score(faces[0][:judge.count]), judge.score(blurred(faces[1][:judge.count], 1.5))
+    assert all(gan.math.isfinite(value) for found in (same, other) for value in found.values())
+    assert same["distance"] < 0.01 < other["distance"] and same["memory"] < 0.01 < other["memory"]
+
+
 def test_figures_do_not_depend_on_the_batch_size(faces, judge, monkeypatch):
     """Nor on when they are taken."""
     generated = blurred(faces[1], 1.0)
@@ -318,6 +327,52 @@ def test_the_judge_judges_checkpoints_as_training_did(data, judged_run, tmp_path
     assert told.returncode == 0 and "best" in told.stdout and "coverage" in told.stdout
 
 
+def test_the_judge_refuses_other_faces_than_the_networks(data, judged_run, tmp_path, capsys):
+    """Figures would be of something else than the run's; a copy of the right faces will do."""
+    gan.prepare(gan.PrepareSettings(demo=True, data=str(tmp_path / "other"), size=32, limit=400, seed=3))
+    gan.shutil.copytree(data, tmp_path / "copy")
+    judge, told = ["judge", "--run", str(judged_run), "--checkpoint=3", "--json", "--data"], capsys.readouterr
+    told()
+    assert gan.main([*judge, str(tmp_path / "other")]) == 1
+    out, error = told()
+    assert out == "" and error == (f"gan.py: {tmp_path / 'other'} holds other faces than those that this network was "
+                                   "trained on: name theirs with --data\n")
+    assert gan.main([*judge, str(tmp_path / "copy")]) == 0
+    expected, found = gan.read_checkpoint(judged_run / "epoch-00003.pt")["scores"], json.loads(told().out)[0]
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=2e-3)
+
+
+def test_the_dataset_of_a_run_is_found_from_anywhere(data, judged_run, tmp_path, monkeypatch):
+    """A checkpoint holds its whole path, so that no other project's is taken for it. One that moved along with its
+    project is found in `data`, but only if it is the same."""
+    monkeypatch.chdir(data.parent)
+    assert gan.train(settings(data.name, tmp_path / "run", epochs=1)) == 0
+    monkeypatch.chdir(tmp_path)
+    state = gan.read_checkpoint(tmp_path / "run" / "last.pt")
+    assert Path(state["settings"]["data"]) == data
+
+    def found() -> int:
+        return len(gan.load_known_faces(gan.load_generator(tmp_path / "run" / "last.pt", CPU)[1])[0])
+    gan.prepare(gan.PrepareSettings(demo=True, data="data", size=32, limit=40))
+    assert found() == 400
+    state["settings"]["data"] = str(tmp_path / "where-it-was")
+    gan.write_checkpoint(tmp_path / "run" / "last.pt", state)
+    with pytest.raises(gan.UserError, match="data holds other faces"):
+        found()
+    gan.shutil.rmtree("data")
+    gan.shutil.copytree(data, "data")
+    assert found() == 400
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_scores_that_cannot_be_written_are_an_error(judged_run, tmp_path):
+    """What `judge --json` is for is what it prints."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, gan.__file__, "judge", "--run", judged_run, "--json"], stdout=full,
+                              stderr=subprocess.PIPE, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr == "gan.py: reading or writing failed: No space left on device\n"
+
+
 def test_collapse_is_told_shown_and_marked(tmp_path, monkeypatch, capsys):
     """A line, a mark in the log and a picture, once; with --stop-on-collapse the run ends, saved, with exit code 3.
     After the first bad judgement (epoch 3) each epoch is judged until it is known, also when the run goes on."""
@@ -391,3 +446,17 @@ def test_png_files_for_other_tools(tmp_path):
         with gan.Image.open(tmp_path / "pngs" / f"face-{i:05d}.png") as image:
             assert (gan.np.asarray(image) == face.permute(1, 2, 0).numpy()).all()
     assert len(list((tmp_path / "pngs").iterdir())) == 12
+
+
+def test_png_files_of_before_are_removed_and_photos_are_not(tmp_path, monkeypatch, capsys):
+    """Fewer faces leave no others in their folder, and a folder of photos is none to write faces to."""
+    monkeypatch.chdir(tmp_path)
+    cartoon = ["prepare", "--demo", "--size=32", "--png=pngs"]
+    assert gan.main([*cartoon, "--limit=5"]) == gan.main([*cartoon, "--limit=3"]) == 0
+    before = {path.name: path.read_bytes() for path in Path("pngs").iterdir()}
+    assert sorted(before) == [f"face-{i:05d}.png" for i in range(3)]
+    capsys.readouterr()
+    for dataset, png in (("pngs", "pngs"), ("pngs", "./pngs/../pngs"), (".", "pngs")):
+        assert gan.main(["prepare", "--dataset", dataset, "--png", png, "--crop=1", "--size=32", "--data=mine"]) == 1
+        assert f"{png} is among the photos: name another folder with --png" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path("pngs").iterdir()} == before

@@ -1,9 +1,11 @@
 """The run folder: checkpoints that tell damage, a writer, a lock, a log; nothing that a kill or bad file can spoil."""
+import errno
 import io
 import json
 import os
 import pickle
 import re
+import stat
 import subprocess
 import sys
 import threading
@@ -247,6 +249,44 @@ def test_a_second_training_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
         assert (tmp_path / "train.lock").read_text() == str(os.getpid())
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows locks otherwise")
+@pytest.mark.parametrize(("code", "refused"), [("ENOSYS", False), ("EOPNOTSUPP", False), ("ENOLCK", False), ("EAGAIN", True),
+                                               ("EACCES", True)])
+def test_a_file_system_without_locks_is_no_other_training(tmp_path, monkeypatch, capsys, code, refused):
+    """Lustre and some NFS have none: it is told once, and the run is trained. A lock that somebody has is refused."""
+    import fcntl
+
+    def flock(file, operation):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if refused:
+        (tmp_path / "train.lock").write_text("4711")
+        with pytest.raises(gan.UserError, match="trained by process 4711"), gan.locked(tmp_path):
+            pass
+    else:
+        with gan.locked(tmp_path):
+            assert (tmp_path / "train.lock").read_text() == str(os.getpid())
+        said = capsys.readouterr().out
+        assert f"{tmp_path} cannot be locked ({os.strerror(getattr(errno, code))})" in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows opens no folders")
+def test_a_file_is_written_where_folders_cannot_be_synced(tmp_path, monkeypatch):
+    """Some file systems of networks and of other machines answer EINVAL."""
+    real, folders = os.fsync, []
+
+    def fsync(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            folders.append(number)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(number)
+    monkeypatch.setattr(gan.os, "fsync", fsync)
+    gan.atomic_write(tmp_path / "file", b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole" and folders
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(folders[0])  # it was closed
+
+
 def test_failing_writes_name_the_file_and_leave_it_whole(tmp_path, monkeypatch):
     """An error of the system becomes one line; the file before stays, and nothing half written."""
     path = tmp_path / "file"
@@ -273,9 +313,40 @@ def test_curves_are_plotted_without_a_display(tmp_path, monkeypatch):
     """And with missing values, which a minibatch without a discriminator update has."""
     monkeypatch.delenv("DISPLAY", raising=False)
     line = dict.fromkeys(gan.COLUMNS, 0.5) | {"epoch": 1, "gradient_penalty": None}
-    gan.plot_curves(tmp_path, [line, line | {"epoch": 2}])
+    gan.write_curves(tmp_path, [line, line | {"epoch": 2}])
     with gan.Image.open(tmp_path / "curves.png") as image:
         assert image.width >= 800 and len(image.convert("RGB").getcolors(10**6)) > 10
+
+
+LINE = dict.fromkeys(gan.COLUMNS, 0.5) | {"epoch": 1}
+
+
+@pytest.mark.parametrize("name", ["costs $5", "a_{b$^x$", "日本", "b\udce4r", "x\ny", "%s {} \\"], ids=ascii)
+def test_curves_of_a_run_of_any_name(monkeypatch, recwarn, name):
+    """A name is no formula, and letters that the font lacks, or that are none, end nothing; nobody is warned of them."""
+    image = gan.Image.open(io.BytesIO(gan.plot_curves(name, [LINE])))
+    plain = gan.Image.open(io.BytesIO(gan.plot_curves("run", [LINE])))
+    assert image.size == plain.size and image.tobytes() != plain.tobytes() and not recwarn
+
+
+def test_curves_do_not_need_the_backend_of_a_notebook(tmp_path):
+    """Colab and Jupyter name theirs to all that they start, where it is not installed."""
+    code = f"import gan, pathlib; gan.write_curves(pathlib.Path(), [{LINE}])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+                          env=os.environ | {"PYTHONPATH": os.path.dirname(gan.__file__),
+                                            "MPLBACKEND": "module://a_notebook.that_is_not_here"})
+    assert (done.returncode, done.stdout) == (0, "") and (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_picture_that_cannot_be_made_ends_nothing(tmp_path, monkeypatch, capsys):
+    """It is told in a line, and the curves from before stay."""
+    def plot_curves(title, lines):
+        raise RuntimeError("no latex here\nat all")
+    monkeypatch.setattr(gan, "plot_curves", plot_curves)
+    (tmp_path / "curves.png").write_bytes(b"before")
+    gan.write_curves(tmp_path, [LINE])
+    assert capsys.readouterr().out == "no curves.png: no latex here at all\n"
+    assert (tmp_path / "curves.png").read_bytes() == b"before"
 
 
 def test_files_of_a_long_run_thin_out():

@@ -296,29 +296,33 @@ def test_every_answer_is_fenced(client, method, path):
 
 
 @pytest.mark.parametrize("hosts, good", [
-    (["127.0.0.1:{port}"], True), (["LocalHost:{port}"], True), (["evil.example:{port}"], False), (["127.0.0.1"], False),
-    (["127.0.0.1:1"], False), (["localhost.evil.example:{port}"], False), (["a@127.0.0.1:{port}"], False), ([""], False),
+    (["127.0.0.1:{port}"], True), (["LocalHost:{port}"], True), (["evil.example:{port}"], False), (["127.0.0.1"], True),
+    (["localhost:1"], True), (["[::1]:8080"], True), (["evil.example:8080"], False), (["127.0.0.1.evil.example"], False), (["localhost.evil.example:{port}"], False), (["a@127.0.0.1:{port}"], False), ([""], False),
     ([":{port}"], False), ([], False)])
 def test_host_must_be_our_own(server, hosts, good):
-    """A Host header that is absent or not this server's name and port is refused: DNS rebinding."""
+    """A Host header that is absent or not this server's name is refused: DNS rebinding. The names of this machine itself
+    may have any port, as behind a tunnel or a container; what is refused is told what to open."""
     lines = "".join(f"Host: {host.format(port=server.port)}\r\n" for host in hosts)
     answer = talk(server.port, f"GET / HTTP/1.1\r\n{lines}\r\n".encode())
     assert statuses(answer) == [200 if good else 403] and (b"<html" in answer) == good
+    assert good or f"open http://127.0.0.1:{server.port}/, or begin it with --host".encode() in answer
 
 
 @pytest.mark.parametrize("host, names", [
     ("127.0.0.1", {"127.0.0.1": True, "10.0.0.5": False, "[::1]": True, "gan.example": False, "{own}": False}),
     ("0.0.0.0", {"127.0.0.1": True, "10.0.0.5": True, "[fe80::1]": True, "gan.example": False, "{own}": True})])
 def test_addresses_are_names_only_where_all_are_bound(site, host, names):
-    """A server on one address answers to no other; one on all of them to each, and to the machine's name."""
+    """A server on one address answers to no other; one on all of them to each, at any port as behind a container, and to
+    the machine's name at its own."""
     with gan.Server(site, host, 0) as server:
         own = socket.gethostname()
         assert {name: server.is_own_name(f"{name.format(own=own)}:{server.port}") for name in names} == names
-        assert not server.is_own_name(f"127.0.0.1:{server.port ^ 1}")
+        elsewhere = {name: server.is_own_name(f"{name.format(own=own)}:{server.port ^ 1}") for name in names}
+        assert elsewhere == names | {"{own}": False} and server.is_own_name(f"127.0.0.1:{server.port ^ 1}")
 
 
 @pytest.mark.parametrize("origin, good", [
-    ("http://127.0.0.1:{port}", True), ("http://localhost:{port}", True), ("http://evil.example", False), ("null", False),
+    ("http://127.0.0.1:{port}", True), ("http://localhost:{port}", False), ("http://evil.example", False), ("null", False),
     ("http://127.0.0.1:1", False), ("https://127.0.0.1:{port}", False), ("http://127.0.0.1:{port}.evil.example", False)])
 def test_pages_elsewhere_may_not_ask(server, origin, good):
     """A request whose Origin is another page's is refused, whatever it asks: forms and scripts of other sites."""
@@ -326,6 +330,15 @@ def test_pages_elsewhere_may_not_ask(server, origin, good):
     asked = request(server.port, "POST", "/api/faces", f"Origin: {origin.format(port=server.port)}",
                     f"Content-Length: {len(body)}", body=body)
     assert statuses(talk(server.port, asked)) == [200 if good else 403]
+
+
+def test_a_page_at_another_port_of_this_machine_may_not_ask(server):
+    """Through a tunnel the page has the tunnel's port in Host and Origin; what another server here has made has not."""
+    for host, origin, status in (("localhost:8080", "http://localhost:8080", 200), ("localhost", "http://localhost", 200),
+                                 ("localhost:8080", "http://localhost:8081", 403)):
+        answer = talk(server.port, f"GET /api/model HTTP/1.1\r\nHost: {host}\r\nOrigin: {origin}\r\n\r\n".encode())
+        assert statuses(answer) == [status]
+    assert f"only its own page may ask this server: open http://127.0.0.1:{server.port}/".encode() in answer
 
 
 def test_connection_is_kept(client):

@@ -210,6 +210,30 @@ def test_neighbours_are_the_most_alike(site, run, dataset, monkeypatch):
     assert (image_of(found["picture"])[:, :SIZE] == images[7].permute(1, 2, 0).numpy()).all()
 
 
+def test_neighbours_among_other_faces_than_the_networks_are_a_404(trained, tmp_path):
+    """Where another dataset has taken the place of its own."""
+    run = vivid_copy(trained, tmp_path)
+    gan.prepare(gan.PrepareSettings(demo=True, data=str(tmp_path / "data"), size=SIZE, limit=20))
+    state = gan.read_checkpoint(run / "last.pt")
+    state["settings"]["data"] = str(tmp_path / "data")
+    gan.write_checkpoint(run / "last.pt", state)
+    response = post(gan.Site(run, None, CPU), "/api/neighbours", values=BASE)
+    assert response.status == 404 and b"holds other faces than those that this network was trained on" in response.body
+
+
+def test_grids_of_any_epoch_are_shown(trained, tmp_path):
+    """A run may have ten million epochs: all that are listed, in their order."""
+    run = gan.shutil.copytree(trained, tmp_path / "run")
+    for epoch in (9_999, 10_000, 10 ** 7):
+        gan.write_grid(run / "samples" / f"epoch-{epoch:05d}.png", torch.full((4, 3, 32, 32), epoch % 250, dtype=torch.uint8))
+    site = gan.Site(run, None, CPU)
+    assert get(site, "/api/samples")["epochs"] == [0, 1, 2, 3, 4, 9_999, 10_000, 10 ** 7]
+    for epoch in (4, 9_999, 10_000, 10 ** 7):
+        answer = site.respond("GET", f"/samples/{epoch}")
+        assert (answer.status, answer.body) == (200, (run / "samples" / f"epoch-{epoch:05d}.png").read_bytes())
+    assert [site.respond("GET", f"/samples/{epoch}").status for epoch in (10_001, 10 ** 7 + 1)] == [404, 400]
+
+
 def test_without_the_dataset_neighbours_are_a_404(trained, tmp_path):
     """With a line that says so."""
     run = vivid_copy(trained, tmp_path)

@@ -1,5 +1,6 @@
 """Training: the same as the plain reference, and a run that is broken off and gone on with is as one that was not."""
 import copy
+import hashlib
 import json
 import os
 import signal
@@ -111,8 +112,9 @@ def test_bf16_goes_the_way_of_float32(model, turn):
 
 
 @pytest.mark.parametrize(("flags", "expected"), [
-    ("flags : fpu avx2 avx512f avx512_bf16 sha", "bf16"), ("flags : fpu amx_bf16 amx_tile", "bf16"),
-    ("flags : fpu avx2 avx512f avx512_bf16x", "fp32"), ("", "fp32")])
+    ("vendor_id : AuthenticAMD\nflags : fpu avx512f avx512_bf16 sha", "bf16"), ("flags : fpu amx_bf16 amx_tile", "bf16"),
+    ("vendor_id : GenuineIntel\nflags : fpu avx512f avx512_bf16 sha", "fp32"),
+    ("vendor_id : AuthenticAMD\nflags : fpu avx512f avx512_bf16x", "fp32"), ("", "fp32")])
 def test_bf16_where_the_processor_has_it(monkeypatch, flags, expected):
     """As /proc/cpuinfo tells; float32 where there is no such file; what was asked for stays."""
     pick = gan.pick_precision.__wrapped__  # the answer is kept for a process
@@ -280,7 +282,7 @@ def test_stopped_in_mid_epoch_it_goes_on_from_that_minibatch(unbroken, dataset, 
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(1, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])  # 1: SIGHUP
 def test_a_real_signal_to_a_real_process(dataset, tmp_path, number, code):
     """A training process that is signalled after its first epoch exits with the code of the signal, saved."""
     command = [sys.executable, gan.__file__, "train", "--data", dataset, "--run", "run", "--width", "4",
@@ -293,6 +295,40 @@ def test_a_real_signal_to_a_real_process(dataset, tmp_path, number, code):
                 break
         out, err = process.communicate(timeout=60)
     assert process.returncode == code and "and saved" in out and "Traceback" not in err
+    assert gan.read_checkpoint(tmp_path / "run" / "last.pt")["progress"]["images_seen"] > 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes, terminals and signals of POSIX")
+@pytest.mark.parametrize("how", ["pipe", "terminal"])
+def test_training_outlives_the_reader_of_its_output(dataset, tmp_path, how):
+    """`train | head -1`, or a terminal that was closed: it trains to the end, with progress bar or without."""
+    ours, theirs = os.openpty() if how == "terminal" else os.pipe()
+    command = [sys.executable, gan.__file__, "train", "--data", dataset, "--run", "run", "--width", "4", "--epochs", "3",
+               "--batch-size", "16", "--device", "cpu"]
+    with subprocess.Popen([*map(str, command)], cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs,
+                          start_new_session=True) as process:
+        os.close(theirs)
+        told = b""
+        while b"starting a new run" not in told:
+            told += os.read(ours, 4096)
+        os.close(ours)
+        assert process.wait(100) == 0
+    assert [line["epoch"] for line in gan.read_log(tmp_path / "run")] == [1, 2, 3]
+    assert gan.read_checkpoint(tmp_path / "run" / "last.pt")["progress"]["epoch"] == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_ctrl_c_into_a_pipe_saves(dataset, tmp_path):
+    """In `train | tee log` it ends tee, too: the run is saved and the exit code is 130, though nobody reads that."""
+    command = [sys.executable, gan.__file__, "train", "--data", dataset, "--run", "run", "--width", "4", "--epochs",
+               "100000", "--save-every", "100000", "--device", "cpu"]
+    with subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        while not process.stdout.readline().startswith("epoch 1/"):
+            pass
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "" and process.wait(60) == 130
     assert gan.read_checkpoint(tmp_path / "run" / "last.pt")["progress"]["images_seen"] > 0
 
 
@@ -480,6 +516,52 @@ def test_other_faces_than_the_run_began_with_are_refused(trained, tmp_path):
     gan.prepare(gan.PrepareSettings(demo=True, data=str(tmp_path), size=32, limit=64, seed=5))
     with pytest.raises(gan.UserError, match=r"the faces changed since .*faces-00000-.*pt\.gz was not among"):
         gan.train(settings(tmp_path, trained, epochs=9))
+
+
+def test_a_new_run_begins_with_the_networks_of_another(trained, dataset, tmp_path, monkeypatch, capsys):
+    """--start-from: weights and statistics of all three networks, and nothing else; what they were is told in a line and
+    kept in config.json and the checkpoints, also when the run goes on."""
+    path, run, found = trained / "epoch-00002.pt", tmp_path / "run", []
+    real = gan.training_loop
+
+    def beginning(trainer, *arguments):
+        found.append(copy.deepcopy(trainer.state()))
+        return real(trainer, *arguments)
+    monkeypatch.setattr(gan, "training_loop", beginning)
+    gan.prepare(gan.PrepareSettings(demo=True, data=str(tmp_path / "few"), size=32, limit=20, seed=5))
+    assert gan.train(settings(tmp_path / "few", run, epochs=1, start_from=str(path))) == 0
+    assert f"beginning with the networks of {path}, epoch 2" in capsys.readouterr().out
+    new = gan.Trainer(settings("", "", precision="fp32"), 32, CPU).state()
+    assert same(found[0]["networks"], gan.read_checkpoint(path)["networks"])
+    assert same({**found[0], "networks": 0}, {**new, "networks": 0})
+    origin = {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "run": str(trained), "epoch": 2}
+    assert gan.train(settings(tmp_path / "few", run, epochs=2)) == 0
+    assert gan.read_checkpoint(run / "last.pt")["started_from"] == origin
+    assert json.loads((run / "config.json").read_text())["started_from"] == origin
+    assert [line["epoch"] for line in gan.read_log(run)] == [1, 2]
+
+
+def test_a_run_that_was_begun_with_chance_has_no_origin(trained):
+    """Its checkpoints say so."""
+    assert gan.read_checkpoint(trained / "last.pt")["started_from"] is None
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"width": 8}, "last.pt has --width 4 (here 8): its networks do not fit"),
+    ({"model": "DCGAN"}, "last.pt has --model WGAN-GP (here DCGAN): its networks do not fit"),
+    ({"size": 40}, "last.pt has --size 32 (here 40): its networks do not fit"),
+    ({"file": "config.json"}, "config.json is damaged or no checkpoint of gan.py"),
+    ({"file": "."}, "cannot read "), ({"file": "no.pt"}, "no.pt: No such file")])
+def test_networks_that_do_not_fit_are_refused(trained, dataset, tmp_path, changes, words):
+    """In one line, and no run is begun."""
+    path, size = trained / changes.pop("file", "last.pt"), changes.pop("size", 32)
+    if size != 32:
+        gan.prepare(gan.PrepareSettings(demo=True, data=str(tmp_path / "data"), size=size, limit=20))
+        dataset = tmp_path / "data"
+    with pytest.raises(gan.UserError) as error:
+        gan.train(settings(dataset, tmp_path / "run", start_from=str(path), **changes))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "config.json").exists() and not list((tmp_path / "run").glob("*.pt"))
 
 
 def test_going_on_from_a_kept_checkpoint(unbroken, dataset, tmp_path):
