@@ -114,7 +114,8 @@ def main() -> None:
         z = gan.sample_latents(judge.count, 1)
         generated = ((str(path), gan.sample_images(gan.load_generator(path, device)[0], z))
                      for path in checkpoints(arguments.checkpoints))
-        compare([("real training faces", faces[:judge.count])], generated, held_out, judge, features)
+        floor = [("real training faces", faces[:judge.count])] if len(faces) >= judge.count else []
+        compare(floor, generated, held_out, judge, features)
     except gan.UserError as error:
         sys.exit(str(error))
 
