@@ -1384,6 +1384,8 @@ class Run:
         self.started_from = state.get("started_from")
         if path:
             check_resumable(self.settings, self.faces, state, self.path)
+            if self.settings.start_from and not self.started_from:
+                raise UserError(f"{self.path} was begun with networks of its own: name another --run with --start-from")
             trainer.load_state(state)
         elif self.settings.start_from:
             other = Path(self.settings.start_from)

@@ -541,9 +541,11 @@ def test_a_new_run_begins_with_the_networks_of_another(trained, dataset, tmp_pat
     assert [line["epoch"] for line in gan.read_log(run)] == [1, 2]
 
 
-def test_a_run_that_was_begun_with_chance_has_no_origin(trained):
-    """Its checkpoints say so."""
+def test_a_run_that_was_begun_with_chance_has_no_origin(trained, dataset):
+    """Its checkpoints say so, and it cannot get one later."""
     assert gan.read_checkpoint(trained / "last.pt")["started_from"] is None
+    with pytest.raises(gan.UserError, match="was begun with networks of its own"):
+        gan.train(settings(dataset, trained, epochs=9, start_from=str(trained / "last.pt")))
 
 
 @pytest.mark.parametrize(("changes", "words"), [
