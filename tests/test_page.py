@@ -501,7 +501,7 @@ def test_a_name_stays_with_what_training_makes_of_a_direction(page):
 
     def choose(checkpoint, expected):
         page.locator("#checkpoint").select_option(checkpoint)
-        page.wait_for_function("checkpoint => doc.panel?.sliders === directions[checkpoint]", arg=checkpoint)
+        page.wait_for_function("checkpoint => doc.panel && doc.panel.sliders === directions[checkpoint]", arg=checkpoint)
         assert names(page) == expected
     page.evaluate("localStorage.setItem(`names ${model.run}`, '[null, 3, {\"name\": \"x\", \"vector\": [1]}]')")
     page.reload()
