@@ -1175,7 +1175,7 @@ def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
     settings = state["settings"]
     generator = Generator(state["image_size"], settings["width"])
     generator.load_state_dict(state["networks"]["averaged"])
-    data = settings["data"] if Path(settings["data"]).exists() else "data"  # a project moves with its dataset
+    data = settings["data"] if Path(settings["data"]).exists() else TrainSettings.data  # a project may have moved
     facts = {"model": settings["model"], "epoch": state["progress"]["epoch"], "image_size": state["image_size"],
              "data": data, "faces": state["faces"]}
     return channels_last(generator, device).eval().requires_grad_(False), facts
@@ -1262,7 +1262,7 @@ def plot_curves(title: str, lines: list[dict]) -> bytes:
         panel.set(ylabel=label, xlabel="epoch", xlim=(0, lines[-1]["epoch"] + 1), **scale)
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
-    figure.suptitle(os.fsencode(title).decode(errors="replace"), parse_math=False)
+    figure.suptitle(os.fsencode(title).decode(errors="replace"), parse_math=False)  # a name need not be UTF-8
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of characters that the font lacks
@@ -2013,7 +2013,7 @@ class Photos:
         self.crops, self.count = np.zeros((1024, 256), np.float32), 0
 
     def is_copy(self, pixels: np.ndarray) -> bool:
-        """Whether a face was taken before: the same photo, or another of a burst, of another size or quality."""
+        """Whether a face was taken before: from the same photo, also in another size, quality or light."""
         grey = Image.fromarray(pixels).convert("L").resize((16, 16), Image.Resampling.BOX)
         crop = np.asarray(grey, np.float32).ravel()
         crop -= crop.mean()
