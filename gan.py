@@ -156,11 +156,12 @@ def one_of(*choices: str | int) -> Callable[[str], str | int]:
 
 
 def setting(default, help: str, parse: Callable = os.path.expanduser, metavar: str | None = None, fixed: bool = False,
-            positional: bool = False):
+            positional: bool = False, bare: str | None = None):
     """Declare one setting, a path where `parse` makes nothing else of it. `fixed`: it cannot change once a run has
-    begun. `positional`: it must be given, without a flag. A default of False makes a switch."""
+    begun. `positional`: it must be given, without a flag. `bare`: what the flag without a value means. A default of
+    False makes a switch."""
     return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar, "fixed": fixed,
-                                            "positional": positional})
+                                            "positional": positional, "bare": bare})
 
 
 DEVICES = "auto, cpu, cuda or mps", one_of("auto", "cpu", "cuda", "mps"), "NAME"  # the declaration of --device
@@ -1664,6 +1665,10 @@ class NearestFaces:
     def __init__(self, images: Tensor, held_out: Tensor):
         self.images, self.space = images, ShapeFeatures(images[:500])  # enough for 64 numbers, in a quarter of the time
         self.features = self.space(images)
+        some = self.features[:2 * JUDGED_FACES]
+        radius = torch.cdist(some, some).kthvalue(min(NEIGHBOURS + 1, len(some)), 1).values
+        usual = radius <= radius.median()  # a face far from all others would call everything around it realistic
+        self.usual, self.radius = some[usual], radius[usual]
         self.typical = self.nearest(held_out[:200], 1)[0].median().item() if len(held_out) else None
 
     @torch.no_grad()
@@ -1672,6 +1677,12 @@ class NearestFaces:
         distances = torch.cdist(self.space(images), self.features)
         nearest = distances.topk(min(count, len(self.features)), 1, largest=False)
         return nearest.values, nearest.indices
+
+    @torch.no_grad()
+    def realism(self, images: Tensor) -> Tensor:
+        """How realistic each image is, (N,): 1 and more within the neighbourhood of a training face (arXiv 1904.06991,
+        section 5)."""
+        return (self.radius / torch.cdist(self.space(images), self.usual).clamp_min(1e-9)).amax(1)
 
 
 def collapsed(judged: list[dict], last: int = 3) -> bool:
@@ -2470,6 +2481,8 @@ def cartoon_face(rng: np.random.Generator, size: int) -> Image.Image:
 # ================================================================================================
 
 MAX_FILM_FACES = 32  # that one film passes through
+FILMS = {".webp": "WEBP", ".gif": "GIF", ".png": "PNG"}  # suffix -> what Pillow calls it
+MAX_ABS_VALUE = 100.0  # of a number of z; far beyond it the network overflows
 
 
 def interpolate(vectors: Tensor, frames: int = 24, loop: bool = False) -> Tensor:
@@ -2487,12 +2500,33 @@ def interpolate(vectors: Tensor, frames: int = 24, loop: bool = False) -> Tensor
     return torch.cat([legs.flatten(0, 1), *([] if loop else [vectors[-1:]])])
 
 
-def webp_bytes(frames: list[Image.Image], milliseconds: int = 60) -> bytes:
-    """Pictures of one size as an animated WebP that begins again at its end."""
+def film_bytes(frames: list[Image.Image], milliseconds: int = 60, kind: str = "WEBP") -> bytes:
+    """Pictures of one size as an animated WebP, GIF or PNG that begins again at its end."""
     buffer = io.BytesIO()
-    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, quality=85,
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, quality=85,
                    method=2)
     return buffer.getvalue()
+
+
+def read_vectors(path: Path) -> Tensor:
+    """The latent vectors of a JSON file, (N, 128): one or a list of them, each 128 numbers or, as the page writes it,
+    such under "values". UserError where it holds anything else."""
+    with suppress(ValueError, TypeError, LookupError, RecursionError):
+        found = json.loads(path.read_bytes())
+        found = found["values"] if isinstance(found, dict) else found
+        found = found if isinstance(found[0], (list, dict)) else [found]
+        vectors = torch.tensor([one["values"] if isinstance(one, dict) else one for one in found], dtype=torch.float32)
+        if vectors.shape[1:] == (LATENT_SIZE,) and (vectors.abs() <= MAX_ABS_VALUE).all():
+            return vectors
+    raise UserError(f"{path} does not hold latent vectors: {LATENT_SIZE} numbers from {-MAX_ABS_VALUE:g} to "
+                    f"{MAX_ABS_VALUE:g}, or a list of such lists")
+
+
+def most_realistic(generator: Generator, z: Tensor, choices: int, known: NearestFaces) -> Tensor:
+    """Of each `choices` latent vectors of z (N · choices, 128) the one whose face is the most realistic, (N, 128)."""
+    realism = torch.cat([known.realism(sample_images(generator, part)) for part in z.split(JUDGE_BATCH)])
+    groups = z.unflatten(0, (-1, choices))
+    return groups[torch.arange(len(groups)), realism.view(-1, choices).argmax(1)]
 
 
 def generate(settings: GenerateSettings) -> int:
@@ -2502,20 +2536,30 @@ def generate(settings: GenerateSettings) -> int:
     generator, facts = load_generator(path, pick_device(settings.device))
     out = Path(settings.out) if settings.out else run / "generated"
     grid = Path(f"{out}-grid.png")  # not among the faces, which other tools read as they are
-    z = sample_latents(settings.count, settings.seed, settings.min_abs)
-    digits = max(5, len(str(settings.count - 1)))
+    film = f"{out}-film.webp" if settings.interpolate == "" else settings.interpolate
+    if film and Path(film).suffix not in FILMS:
+        raise UserError(f"{film} ends in none of {', '.join(FILMS)}: choose one")
+    if settings.vectors:
+        z = read_vectors(Path(settings.vectors))
+    else:
+        z = sample_latents(settings.count * settings.best_of, settings.seed, settings.min_abs)
+        if settings.best_of > 1:
+            z = most_realistic(generator, z, settings.best_of, NearestFaces(*load_known_faces(facts)))
+    digits = max(5, len(str(len(z) - 1)))
     empty_of_pngs(out)
-    with tqdm(total=settings.count, unit="face", desc="generate", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(z), unit="face", desc="generate", disable=not sys.stderr.isatty()) as bar:
         for start, part in enumerate(z.split(100)):
             images = sample_images(generator, part, precision="fp32")
             if start == 0:
                 write_grid(grid, images)
             write_pngs(out, images, start * 100, digits)
             bar.update(len(images))
-    if settings.interpolate:
+    if film:
         frames = pictures(sample_images(generator, interpolate(z[:MAX_FILM_FACES])))
-        atomic_write(Path(f"{out}-film.webp"), webp_bytes([ImageOps.scale(frame, 2) for frame in frames]))
-    say(f"{settings.count} faces of {path} (epoch {facts['epoch']}, seed {settings.seed}) in {out}; look at {grid}")
+        atomic_write(Path(film), film_bytes([ImageOps.scale(frame, 2) for frame in frames],
+                                            kind=FILMS[Path(film).suffix]))
+    origin = settings.vectors or f"seed {settings.seed}"
+    say(f"{len(z)} faces of {path} (epoch {facts['epoch']}, {origin}) in {out}; look at {grid}")
     return 0
 
 
@@ -2802,7 +2846,6 @@ MAX_BODY_BYTES = 1_000_000  # of JSON
 MAX_PHOTO_BYTES = 20_000_000
 MAX_PHOTO_SIDE = 3000  # pixels; a larger photo is reduced
 MAX_THREADS = 256  # one a connection, and a few of our own
-MAX_ABS_VALUE = 100.0  # of a number of z; far beyond it the network overflows
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
@@ -3037,6 +3080,18 @@ class Site:
             raise BadRequest(400, "so many faces at this scale are too large: their product is at most 256")
         return ImageOps.scale(grid_image(sample_images(model.generator, vectors), len(vectors), 0), scale)
 
+    def known(self, model: Model) -> NearestFaces:
+        """The training faces of a checkpoint. BadRequest where they are not there."""
+        try:
+            return self.neighbours_of(model.facts["data"], *model.facts["faces"])
+        except UserError as error:
+            raise BadRequest(404, f"the training faces are not there: {one_line(error)}") from None
+
+    @Route("/api/best", "POST", vectors=parse_vectors(2, 8))
+    def best(self, model: Model, vectors: Tensor) -> dict:
+        """Which of some faces is the most realistic, by its place: `generate --best-of` for the page."""
+        return {"best": self.known(model).realism(sample_images(model.generator, vectors)).argmax().item()}
+
     @Route("/api/model")
     def model(self, model: Model) -> dict:
         """The run, its checkpoints with what the judge says of them, and sizes."""
@@ -3088,13 +3143,13 @@ class Site:
                               ImageOps.scale(grid.crop((left, top, left + model.size, top + model.size)), 3))
         if not frames:
             raise BadRequest(404, "training wrote no sample grids here")
-        return Response(200, "image/webp", webp_bytes(frames, 100))
+        return Response(200, "image/webp", film_bytes(frames, 100))
 
     @Route("/api/film", "POST", heavy=True, vectors=parse_vectors(2, MAX_FILM_FACES), scale=parse_whole(1, 4, 2),
            loop=None)
     def film(self, model: Model, vectors: Tensor, scale: int, loop) -> Response:
         images = pictures(sample_images(model.generator, interpolate(vectors, loop=loop is True)))
-        return Response(200, "image/webp", webp_bytes([ImageOps.scale(image, scale) for image in images]))
+        return Response(200, "image/webp", film_bytes([ImageOps.scale(image, scale) for image in images]))
 
     @Route("/api/directions", heavy=True)
     def directions(self, model: Model) -> dict:
@@ -3153,10 +3208,7 @@ class Site:
     @Route("/api/neighbours", "POST", heavy=True, values=parse_vector)
     def neighbours(self, model: Model, values: Tensor) -> dict:
         """The training faces most like a face, in the judge's features."""
-        try:
-            known = self.neighbours_of(model.facts["data"], *model.facts["faces"])
-        except UserError as error:
-            raise BadRequest(404, f"the training faces are not there: {one_line(error)}") from None
+        known = self.known(model)
         distances, which = known.nearest(sample_images(model.generator, values[None]))
         return {"picture": data_url(grid_image(known.images[which[0]], 5, 0)), "typical": known.typical,
                 "distances": [round(distance, 3) for distance in distances[0].tolist()]}
@@ -3335,7 +3387,12 @@ class GenerateSettings(RunSettings):
     out: str | None = setting(None, "folder for the PNG files (default RUN/generated)", metavar="DIR")
     seed: int = setting(0, "seed of the latent vectors", between(0, 2**31 - 1), "N")
     min_abs: float = setting(0.0, "keep each number of z at least this far from 0", between(0.0, 3.0, float), "A")
-    interpolate: bool = setting(False, f"also write a film (.webp) through the first {MAX_FILM_FACES} faces")
+    best_of: int = setting(1, "make so many for each face and keep the most realistic: fewer broken ones, less variety "
+                           "(needs the training faces)", between(1, 100), "N")
+    vectors: str | None = setting(None, "make the faces of these latent vectors instead: what the page or invert saved "
+                                  "as .json, one or a list", metavar="FILE")
+    interpolate: str | None = setting(None, f"also write a film through the first {MAX_FILM_FACES} faces: a .webp "
+                                      "(the default, beside DIR), .gif or .png", metavar="FILE", bare="")
     device: str = setting("auto", *DEVICES)
 
 
@@ -3520,7 +3577,8 @@ def make_parser() -> argparse.ArgumentParser:
             else:
                 shown = "" if item.default is None else f" (default {item.default})"
                 command.add_argument(flag, type=item.metadata["parse"], default=item.default, help=about + shown,
-                                     metavar=item.metadata["metavar"])
+                                     metavar=item.metadata["metavar"], const=item.metadata["bare"],
+                                     nargs=None if item.metadata["bare"] is None else "?")
     return parser
 
 

@@ -88,13 +88,14 @@ RANGES = [("prepare", "crop", 0.05, 1.0), ("prepare", "per_person", 0, 10**6), (
           ("train", "learning_rate", 1e-7, 1.0), ("train", "clip", 1e-4, 100.0), ("train", "sample_every", 1, 10**7),
           ("train", "save_every", 1, 10**7), ("train", "keep_every", 1, 10**7), ("train", "judge_every", 1, 10**7),
           ("train", "balance", 1, 1000), ("generate", "count", 1, 10**6), ("generate", "min_abs", 0.0, 3.0),
+          ("generate", "best_of", 1, 100),
           ("eval", "port", 0, 65535), ("demo", "port", 0, 65535),
           *((command, "seed", 0, 2**31 - 1) for command in ("prepare", "train", "generate", "judge"))]
 DEFAULTS = {"prepare": {"data": "data", "size": 80, "crop": 0.5, "per_person": 0, "limit": 2000, "seed": 0},
             "train": {"data": "data", "model": "WGAN-GP", "epochs": 3000, "batch_size": 20, "width": 64,
                       "balance": "accuracy", "clip": 0.1, "device": "auto", "precision": "auto", "seed": 0,
                       "save_every": 10, "judge_every": 10},
-            "generate": {"count": 100, "seed": 0, "min_abs": 0.0, "device": "auto"},
+            "generate": {"count": 100, "seed": 0, "min_abs": 0.0, "best_of": 1, "device": "auto"},
             "judge": {"seed": 1, "device": "auto"}, "eval": {"host": "127.0.0.1", "port": 8666}, "demo": {"port": 8666}}
 
 

@@ -1,4 +1,5 @@
 """Generated faces: latent vectors as they should be, and a face that depends on its own vector alone."""
+import json
 import math
 import os
 from pathlib import Path
@@ -97,3 +98,76 @@ def test_faces_of_before_do_not_stay_among_new_ones(trained, tmp_path):
     expected = gan.sample_images(generator, gan.sample_latents(2, 5), precision="fp32")[1].permute(1, 2, 0).numpy()
     with gan.Image.open(tmp_path / "faces" / "face-00001.png") as face:
         assert gan.np.abs(gan.np.asarray(face).astype(int) - expected).max() <= 1
+
+
+def test_faces_of_saved_vectors(trained, tmp_path, capsys):
+    """What the page (`values`) and invert (a list) save, one or many: those faces, and no more of --count."""
+    z = [[round(number, 5) for number in vector] for vector in gan.sample_latents(3, 9).tolist()]
+    generator, _ = gan.load_generator(gan.find_checkpoint(trained, None), torch.device("cpu"))
+    expected = gan.sample_images(generator, torch.tensor(z), precision="fp32").permute(0, 2, 3, 1).numpy()
+    for told, which in ((z[1], [1]), ({"values": z[2]}, [2]), (z, [0, 1, 2]), ([{"values": z[1]}, {"values": z[0]}], [1, 0]),
+                        ({"values": z[:2]}, [0, 1])):
+        (tmp_path / "z.json").write_text(json.dumps(told))
+        assert gan.main(["generate", "--run", str(trained), "--vectors", str(tmp_path / "z.json"),
+                         "--out", str(tmp_path / "faces")]) == 0
+        assert f"{len(which)} faces" in capsys.readouterr().out
+        faces = [gan.np.asarray(gan.Image.open(path)) for path in sorted((tmp_path / "faces").glob("*.png"))]
+        assert len(faces) == len(which)
+        assert gan.np.abs(gan.np.stack(faces).astype(int) - expected[which]).max() <= 1
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "[1, 2]", "7", "null", '{"values": 3}', "[" * 9000, json.dumps([[0.0] * 127]),
+                                  json.dumps([0.0] * 256), json.dumps([0.0] * 127 + [float("nan")]),
+                                  json.dumps([0.0] * 127 + ["0"]), json.dumps([0.0] * 127 + [1e9]),
+                                  json.dumps([[[0.0] * 128]]), "\x89PNG"])
+def test_what_is_no_vector_is_refused_in_a_line(text, tmp_path):
+    """Other shapes, other kinds, numbers far beyond any that a network was trained on."""
+    (tmp_path / "z.json").write_text(text)
+    with pytest.raises(gan.UserError, match=r"z.json does not hold latent vectors: 128 numbers"):
+        gan.read_vectors(tmp_path / "z.json")
+
+
+@pytest.mark.parametrize("suffix, kind", [("webp", "WEBP"), ("gif", "GIF"), ("png", "PNG")])
+def test_films_by_suffix(trained, tmp_path, suffix, kind):
+    """The film's own format, all its pictures, and for ever; another suffix is refused before anything is written."""
+    film = tmp_path / f"film.{suffix}"
+    arguments = ["generate", "--run", str(trained), "--count=2", "--out", str(tmp_path / "faces"), "--interpolate"]
+    assert gan.main([*arguments, str(film)]) == 0
+    with gan.Image.open(film) as image:
+        assert (image.format, image.n_frames, image.size, image.info["loop"]) == (kind, 25, (64, 64), 0)
+
+
+def test_a_film_of_no_such_kind_is_refused_first(trained, tmp_path, capsys):
+    assert gan.main(["generate", "--run", str(trained), "--out", str(tmp_path / "faces"), "--interpolate", "film.mp4"]) == 1
+    assert capsys.readouterr().err == "gan.py: film.mp4 ends in none of .webp, .gif, .png: choose one\n"
+    assert not (tmp_path / "faces").exists()
+
+
+def test_the_best_of_some_is_the_most_realistic(trained, dataset, tmp_path):
+    """Of each three the one nearest, in its neighbourhoods, to a training face: worked out face by face, as the paper has
+    it (half of the neighbourhoods, the smaller ones, count)."""
+    assert gan.main(["generate", "--run", str(trained), "--count=4", "--best-of=3", "--seed=2",
+                     "--out", str(tmp_path / "faces")]) == 0
+    generator, facts = gan.load_generator(gan.find_checkpoint(trained, None), torch.device("cpu"))
+    candidates = gan.sample_images(generator, gan.sample_latents(12, 2), precision="fp32")
+    known = gan.NearestFaces(*gan.load_known_faces(facts))
+    real, found = known.features.double(), known.space(candidates).double()
+    radii = [sorted((real - one).norm(dim=1).tolist())[gan.NEIGHBOURS] for one in real]
+    median = sorted(radii)[(len(radii) - 1) // 2]
+    realism = [max(radius / (one - other).norm().item() for radius, other in zip(radii, real) if radius <= median)
+               for one in found]
+    assert torch.allclose(known.realism(candidates).double(), torch.tensor(realism, dtype=torch.float64), rtol=1e-3)
+    chosen = [max(range(i, i + 3), key=realism.__getitem__) for i in range(0, 12, 3)]
+    faces = gan.np.stack([gan.np.asarray(gan.Image.open(path)) for path in sorted((tmp_path / "faces").glob("*.png"))])
+    assert gan.np.abs(faces.astype(int) - candidates[chosen].permute(0, 2, 3, 1).numpy()).max() <= 1
+
+
+def test_the_best_cannot_be_told_without_the_training_faces(trained, tmp_path, monkeypatch, capsys):
+    """One line, and the faces of before stay."""
+    monkeypatch.chdir(tmp_path)
+    state = torch.load(trained / "last.pt", weights_only=True)
+    state["settings"]["data"] = str(tmp_path / "gone")
+    torch.save(state, tmp_path / "moved.pt")
+    assert gan.main(["generate", "--run", str(trained), "--checkpoint", str(tmp_path / "moved.pt"), "--best-of=2",
+                     "--out", str(tmp_path / "faces")]) == 1
+    assert "no dataset in data" in capsys.readouterr().err and not (tmp_path / "faces").exists()

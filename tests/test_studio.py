@@ -210,6 +210,15 @@ def test_neighbours_are_the_most_alike(site, run, dataset, monkeypatch):
     assert (image_of(found["picture"])[:, :SIZE] == images[7].permute(1, 2, 0).numpy()).all()
 
 
+def test_of_some_faces_the_most_realistic_is_told(site, run, dataset, monkeypatch):
+    """A training face of many like it is more realistic than noise, wherever it stands."""
+    images = gan.load_faces(dataset)[0][:2].clone()
+    images[1] = torch.randint(0, 256, images[1].shape, generator=torch.Generator().manual_seed(0))
+    for order, best in ([[0, 1, 1], 0], [[1, 1, 0], 2]):
+        monkeypatch.setattr(gan, "sample_images", lambda generator, z, order=order: images[order])
+        assert post(gan.Site(run, None, CPU), "/api/best", vectors=[BASE] * 3) == {"best": best}
+
+
 def test_neighbours_among_other_faces_than_the_networks_are_a_404(trained, tmp_path):
     """Where another dataset has taken the place of its own."""
     run = vivid_copy(trained, tmp_path)
@@ -241,8 +250,9 @@ def test_without_the_dataset_neighbours_are_a_404(trained, tmp_path):
     state["settings"]["data"] = "gone"
     gan.write_checkpoint(run / "last.pt", state)
     site = gan.Site(run, None, CPU)
-    response = post(site, "/api/neighbours", values=BASE)
-    assert response.status == 404 and b"training faces" in response.body and not get(site, "/api/model")["dataset"]
+    for response in (post(site, "/api/neighbours", values=BASE), post(site, "/api/best", vectors=[BASE] * 2)):
+        assert response.status == 404 and b"training faces" in response.body
+    assert not get(site, "/api/model")["dataset"]
 
 
 # ---- what is refused ----
