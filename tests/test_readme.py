@@ -127,7 +127,7 @@ def test_flags_in_the_text_are_flags_of_gan_py():
     """Also those outside of the commands: a renamed flag must not live on in a sentence."""
     flags = {f"--{item.name.replace('_', '-')}" for declaration, _, _ in gan.COMMANDS.values()
              for item in gan.fields(declaration)}
-    flags |= {"--help", "--nproc_per_node", "--max-restarts"}  # the last two are torchrun's
+    flags |= {"--help", "--nproc_per_node", "--max-restarts", "--no-deps"}  # the last three are torchrun's and pip's
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= flags
 
 

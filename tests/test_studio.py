@@ -136,7 +136,7 @@ def test_faces_of_a_photo_are_found(site, monkeypatch, boxes, note):
     def find(image):
         if boxes is None:
             raise gan.UserError("finding faces needs: pip install it")
-        return boxes
+        return [(box, 20.0) for box in boxes]
     monkeypatch.setattr(gan, "find_faces", find)
     found = post(site, "/api/photo", photo())
     assert [tuple(one["box"]) for one in found["faces"]] == (boxes or []) and note in found["note"]
@@ -450,7 +450,7 @@ def test_another_kind_of_export_is_one_line(trained, tmp_path, name):
 def test_invert_writes_the_face_of_a_photo(trained, tmp_path, monkeypatch, capsys):
     """As PNG or as numbers; no face in the photo, no photo: one line and no file."""
     (tmp_path / "photo.png").write_bytes(photo())
-    monkeypatch.setattr(gan, "find_faces", lambda image: [(4.0, 4.0, 36.0, 36.0)])
+    monkeypatch.setattr(gan, "find_faces", lambda image: [((4.0, 4.0, 36.0, 36.0), 0.0)])
     for name in ("face.png", "face.json"):
         assert gan.main(["invert", str(tmp_path / "photo.png"), "--run", str(trained), "--out", str(tmp_path / name)]) == 0
     z = json.loads((tmp_path / "face.json").read_text())
