@@ -1122,13 +1122,14 @@ def write_checkpoint(path: Path, state: dict) -> None:
         atomic_write(path, data)
 
 
-def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint to the CPU. UserError, and nothing of it executed, where it is not whole or not ours."""
+def read_checkpoint(path: Path, whole: bool = True) -> dict:
+    """Read a checkpoint to the CPU. UserError, and nothing of it executed, where it is not whole or not ours. `whole`
+    False: only what is then looked at is read from the disk, and it is not compared with its checksums."""
     try:
         with zipfile.ZipFile(path) as parts:  # which torch's reader does not compare with their checksums
-            if parts.testzip() or any(part.external_attr for part in parts.infolist()):  # it would pass over a "folder"
+            if whole and parts.testzip() or any(part.external_attr for part in parts.infolist()):  # passed over by it
                 raise zipfile.BadZipFile
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
         if state["version"] == CHECKPOINT_FORMAT:
             return state
         problem = f"has format {state['version']}, this gan.py reads {CHECKPOINT_FORMAT}"
@@ -1170,6 +1171,12 @@ def find_checkpoint(run: Path, which: str | None) -> Path:
     return path
 
 
+def identify(state: dict) -> str:
+    """Which network a checkpoint holds, whatever its file is called: its epoch and a checksum of its generator."""
+    weights = b"".join(weight.numpy().tobytes() for weight in state["networks"]["averaged"].values())
+    return f"{state['progress']['epoch']}-{zlib.crc32(weights):08x}"
+
+
 def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
     """The averaged generator of a checkpoint, in evaluation mode, and what is known of it: model, epoch, image_size."""
     state = read_checkpoint(path)
@@ -1178,7 +1185,7 @@ def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
     generator.load_state_dict(state["networks"]["averaged"])
     data = settings["data"] if Path(settings["data"]).exists() else TrainSettings.data  # a project may have moved
     facts = {"model": settings["model"], "epoch": state["progress"]["epoch"], "image_size": state["image_size"],
-             "data": data, "faces": state["faces"]}
+             "data": data, "faces": state["faces"], "id": identify(state)}
     return channels_last(generator, device).eval().requires_grad_(False), facts
 
 
@@ -2893,6 +2900,11 @@ class Response(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
+def revalidated(kind: str, body: bytes) -> Response:
+    """An answer that a browser keeps and asks after: 304 where it is still the same."""
+    return Response(200, kind, body, (("ETag", f'"{zlib.crc32(body):08x}"'), ("Cache-Control", "no-cache")))
+
+
 class BadRequest(Exception):
     """A request that cannot be answered: a 4xx status and one line of text."""
 
@@ -3035,12 +3047,14 @@ class Site:
     """What the server offers of one run: the page, its checkpoints and what they make. Knows no sockets."""
 
     def __init__(self, run: Path, default: str | None, device: torch.device):
-        self.run, self.default_path = run, find_checkpoint(run, default)
-        self.loading = threading.Lock()
+        self.run, self.wanted, self.default = run, default, find_checkpoint(run, default)
+        self.device, self.loading = device, threading.Lock()
         self.light, self.heavy = threading.Lock(), threading.Lock()  # one of each at a time, as each uses all cores
         self.stamps: dict[Path, int] = {}
-        self.read = lru_cache(4)(lambda path, stamp: Model(*load_generator(path, device)))
-        self.load(self.default_path)
+        self.held: dict[str, Model] = {}  # the last few, by identity: a page goes on with one whose file was replaced
+        self.identity = lru_cache(256)(lambda path, stamp: identify(read_checkpoint(path, whole=False)))
+        self.scores = lru_cache(1)(lambda stamp: {line["epoch"]: line.get("scores") for line in read_log(run)})
+        self.load(self.default)
         self.page, self.policy = read_page()
         self.jacobian = lru_cache(2)(lambda generator, values: jacobian(generator, torch.tensor(values)))
         self.strongest, self.neighbours_of = lru_cache(4)(strongest_directions), lru_cache(1)(
@@ -3050,16 +3064,40 @@ class Site:
         """Name -> file of what can be asked for. Names are looked up here, never joined into paths."""
         kept = {str(epoch): path for epoch, path in kept_checkpoints(self.run).items()}
         named = {name: path for name in ("best", "last") if (path := self.run / f"{name}.pt").is_file()} | kept
-        if self.default_path not in named.values():
-            named[self.default_path.name] = self.default_path
+        with suppress(UserError):  # between the two renames of a save; what was there before still stands
+            self.default = find_checkpoint(self.run, self.wanted)
+        if self.default not in named.values():
+            named[self.default.name] = self.default
         return named
 
+    def identify(self, path: Path) -> str:
+        """Which network a file holds, looked at again when it changed: "epoch-checksum"."""
+        with suppress(FileNotFoundError):
+            self.stamps[path] = path.stat().st_mtime_ns
+        return self.identity(path, self.stamps[path])
+
     def load(self, path: Path) -> Model:
-        """A checkpoint, read again when its file changed; the last few are kept."""
+        """A checkpoint, read again when its file changed."""
         with self.loading:
-            with suppress(FileNotFoundError):  # between the two renames of a save; what was read before still stands
-                self.stamps[path] = path.stat().st_mtime_ns
-            return self.read(path, self.stamps[path])
+            model = self.held.pop(self.identify(path), None) or Model(*load_generator(path, self.device))
+            self.held[model.facts["id"]] = model
+            for oldest in [*self.held][:-8]:
+                del self.held[oldest]
+            return model
+
+    def find(self, which) -> Model:
+        """The checkpoint that is asked for by name or by identity; None: the default one."""
+        known = self.checkpoints()
+        if which is None or which in [*known]:  # it may be anything that JSON can say
+            return self.load(self.default if which is None else known[which])
+        with self.loading:
+            if which in [*self.held]:
+                self.held[which] = self.held.pop(which)
+                return self.held[which]
+        for one in self.listed():
+            if one["id"] == which:
+                return self.load(known[one["name"]])
+        raise BadRequest(404, f"no checkpoint {str(which)[:20]!a}: see /api/model")
 
     def respond(self, method: str, target: str, body: bytes = b"") -> Response:
         """Answer a request: method and request target as they stand in the request line. Never raises."""
@@ -3083,11 +3121,7 @@ class Site:
 
     def answer(self, found: Route, asked: dict) -> Response:
         """Read a route's fields and the checkpoint, and have it answered."""
-        known: dict[Any, Path] = {None: self.default_path, **self.checkpoints()}
-        which = asked.get("checkpoint")
-        if which not in [*known]:  # it may be anything that JSON can say
-            raise BadRequest(404, f"no checkpoint {str(which)[:20]!a}: see /api/model")
-        model, values = self.load(known[which]), {}
+        model, values = self.find(asked.get("checkpoint")), {}
         for name, parse in found.parsers.items():
             try:
                 values[name] = parse(asked.get(name), model.size) if parse else asked.get(name)
@@ -3128,18 +3162,29 @@ class Site:
         """Which of some faces is the most realistic, by its place: `generate --best-of` for the page."""
         return {"best": self.known(model).realism(sample_images(model.generator, vectors)).argmax().item()}
 
+    def listed(self) -> list[dict]:
+        """The checkpoints that can be read: name, identity, epoch, and what the judge says of it."""
+        log, found = self.run / "log.jsonl", []
+        scores = self.scores(log.stat().st_mtime_ns if log.exists() else 0)
+        for name, path in self.checkpoints().items():
+            with suppress(UserError):
+                identity = self.identify(path)
+                epoch = int(identity.partition("-")[0])
+                found.append({"name": name, "id": identity, "epoch": epoch, "best": name == "best",
+                              "scores": scores.get(epoch)})
+        return found
+
     @Route("/api/model")
-    def model(self, model: Model) -> dict:
-        """The run, its checkpoints with what the judge says of them, and sizes."""
-        epochs = {name: int(name) if name.isdecimal() else self.load(path).facts["epoch"]
-                  for name, path in self.checkpoints().items()}
-        scores = {line["epoch"]: line.get("scores") for line in read_log(self.run)}
-        listed = [{"name": name, "epoch": epoch, "best": name == "best", "scores": scores.get(epoch)}
-                  for name, epoch in epochs.items()]
-        default = next(name for name, path in self.checkpoints().items() if path == self.default_path)
-        return {"run": str(self.run), "model": model.facts["model"], "latent_size": LATENT_SIZE,
-                "image_size": model.size, "checkpoints": listed, "default": default, "directions": [],
-                "dataset": read_manifest(Path(model.facts["data"])) is not None}
+    def model(self, model: Model) -> Response:
+        """The run, its checkpoints as they are now, and sizes. Pages ask for it every few seconds, and by that hold the
+        checkpoint that they name."""
+        checkpoints = self.checkpoints()
+        default = next(name for name, path in checkpoints.items() if path == self.default)
+        return revalidated("application/json", json.dumps({
+            "run": str(self.run), "model": model.facts["model"], "latent_size": LATENT_SIZE, "image_size": model.size,
+            "checkpoints": self.listed(), "default": default,
+            "dataset": read_manifest(Path(model.facts["data"])) is not None,
+            "opencv": importlib.util.find_spec("cv2") is not None}).encode())
 
     def grids(self) -> dict[int, Path]:
         """Epoch -> sample grid that training wrote, in order."""
@@ -3148,15 +3193,14 @@ class Site:
 
     @Route("/api/samples")
     def samples(self, model: Model) -> dict:
-        best = self.checkpoints().get("best")
-        return {"epochs": list(self.grids()), "best": self.load(best).facts["epoch"] if best else None, "columns": 10,
-                "rows": 10, "tile": model.size, "gap": 2}
+        best = next((one["epoch"] for one in self.listed() if one["best"]), None)
+        return {"epochs": list(self.grids()), "best": best, "columns": 10, "rows": 10, "tile": model.size, "gap": 2}
 
     @Route("/samples/EPOCH", epoch=parse_whole(0, 10**7))
     def grid(self, model: Model, epoch: int) -> Response:
         if epoch not in self.grids():
             raise BadRequest(404, "no grid of that epoch: see /api/samples")
-        return Response(200, "image/png", self.grids()[epoch].read_bytes())
+        return revalidated("image/png", self.grids()[epoch].read_bytes())
 
     @Route("/api/log")
     def log(self, model: Model) -> dict:
@@ -3268,7 +3312,10 @@ class Handler(BaseHTTPRequestHandler):
             body = self.read_body()
         except BadRequest as error:
             return self.refuse(error)
-        self.send(self.server.site.respond(self.command, self.path, body))
+        response = self.server.site.respond(self.command, self.path, body)
+        if ("ETag", self.headers.get("If-None-Match")) in response.headers:
+            response = response._replace(status=304, body=b"")
+        self.send(response)
 
     def read_body(self) -> bytes:
         """The body of a request. BadRequest where it is not from our own page, is too large or cannot be told."""
@@ -3374,10 +3421,10 @@ def serve(settings: EvalSettings) -> int:
     with server:
         if settings.host not in ("127.0.0.1", "localhost", "::1"):
             say(f"warning: anyone who can reach {settings.host} can use this server")
-        model = site.load(site.default_path)
+        model = site.load(site.default)
         first = "POST", "/api/regions", json.dumps({"values": [0] * LATENT_SIZE}).encode()  # takes torch longer
         threading.Thread(target=site.respond, args=first, daemon=True).start()
-        say(f"faces of {site.default_path} (epoch {model.facts['epoch']}) at {server.url} (Ctrl-C ends)")
+        say(f"faces of {site.default} (epoch {model.facts['epoch']}) at {server.url} (Ctrl-C ends)")
         server.serve_forever()
     return 0
 

@@ -123,9 +123,16 @@ def in_link(url: str) -> list[float]:
     return [int(digits[i:i + 2], 36) / 100 - 3 for i in range(0, 256, 2)]
 
 
+def identity(page, checkpoint: str) -> str:
+    """What a checkpoint of this name is known by."""
+    return page.evaluate("name => named(name)", checkpoint)
+
+
 def await_shown(page, values, checkpoint="last") -> None:
     """Wait until the address bar holds this vector: the page writes there what it shows."""
-    page.wait_for_url(lambda url: np.allclose(in_link(url), values) and url.endswith(f"&c={checkpoint}"))
+    page.locator("#save:not([aria-disabled=true])").wait_for()
+    known = identity(page, checkpoint)
+    page.wait_for_url(lambda url: np.allclose(in_link(url), values) and url.endswith(f"&c={known}"))
 
 
 def pixels_of(body: str) -> np.ndarray:
@@ -149,11 +156,11 @@ def shows(page, path: Path, values) -> bool:
 
 
 def asked(page, server) -> list[tuple[list[float], str]]:
-    """Vector and checkpoint of every /generate request since the last look."""
-    found = []
+    """Vector and checkpoint's name of every /generate request since the last look."""
+    found, names = [], page.evaluate("typeof tool === 'string' ? Object.fromEntries(model.checkpoints.map(({ id, name }) => [id, name])) : {}")
     while not server.site.vectors_asked.empty():
         query = parse_qs(urlsplit(server.site.vectors_asked.get()).query)
-        found.append(([float(v) for v in query["values"][0].split(",")], query["checkpoint"][0]))
+        found.append(([float(v) for v in query["values"][0].split(",")], names.get(query["checkpoint"][0])))
     return found
 
 
@@ -195,7 +202,7 @@ def test_without_a_valid_link_a_random_face_is_shown(page, server, run, bad):
     page.goto("about:blank")
     asked(page, server)
     page.goto(server.url + bad)
-    page.locator("#save:enabled").wait_for()
+    page.locator("#save:not([aria-disabled=true])").wait_for()
     (values, _), = asked(page, server)
     assert np.std(values) > 0.5 and sliders(page) == values
     assert shows(page, run / "last.pt", values)
@@ -233,16 +240,18 @@ def test_dragging_a_slider(page, server, run):
 
 
 def test_number_boxes(page):
-    """A number typed into box i moves slider i, clamped to the limits; what is no number changes nothing."""
+    """A number typed into box i moves slider i; one out of range is refused with a word, and what is none changes
+    nothing."""
     values = list(BASE)
-    for i, (typed, value) in enumerate([("1.25", 1.25), ("-0.5", -0.5), ("99", 3), ("-3.004", -3), ("1e0", 1),
-                                        ("", None), ("-", None)], start=60):
+    for i, (typed, value) in enumerate([("1.25", 1.25), ("-0.5", -0.5), ("4", None), ("1e0", 1), ("", None),
+                                        ("-", None)], start=60):
         box = page.locator(f"#n{i}")
         box.fill("")
         box.press_sequentially(typed)
         box.press("Enter")
         box.blur()
         values[i] = BASE[i] if value is None else value
+        assert (page.locator("#status.bad").count() == 1) == (typed == "4")
         await_shown(page, values)
         assert sliders(page) == boxes(page) == values
 
@@ -294,10 +303,11 @@ def test_save_png(page, run, tmp_path, scale):
 
 def test_checkpoint_menu(page, server, run):
     """Choosing a checkpoint shows the same vector's face of it."""
-    assert page.locator("#checkpoint option").evaluate_all("all => all.map(one => one.value)") == list(FILES)
+    assert page.locator("#checkpoint option").evaluate_all("all => all.map(one => one.value)") == [
+        identity(page, name) for name in FILES]
     for name in ("2", "4", "last"):
         asked(page, server)
-        page.locator("#checkpoint").select_option(name)
+        page.locator("#checkpoint").select_option(identity(page, name))
         await_shown(page, BASE, name)
         assert asked(page, server) == [(BASE, name)]
         assert shows(page, run / FILES[name], BASE)
@@ -309,7 +319,7 @@ def test_checkpoint_menu_tells_what_the_judge_says(page, run):
     try:
         (run / "log.jsonl").write_text('{"epoch": 2, "scores": {"distance": 12.34}}\n')
         page.reload()
-        page.locator("#save:enabled").wait_for()
+        page.locator("#save:not([aria-disabled=true])").wait_for()
         labels = page.locator("#checkpoint option").all_text_contents()
         assert sorted(labels) == sorted(["epoch 4 · last", "epoch 2 · distance 12.3", "epoch 4"])
     finally:
@@ -336,21 +346,95 @@ def test_one_request_in_flight_and_the_newest_next(page, server, run):
 
 
 def test_server_gone_and_back(page, server, run):
-    """Without the server the page says so and keeps its face; the next change tries again."""
+    """Without the server the page says so, keeps its face and lets nothing be kept that is not seen; it asks again after
+    1, 2, 4, 8, 16 and 30 seconds and then shows what was asked for."""
+    page.clock.install()
+    page.reload()
+    await_shown(page, BASE)
+    page.locator("#numbers summary").click()
+    page.clock.pause_at(page.evaluate("Date.now() + 1000"))
     before = seen(page)
     page.context.set_offline(True)
     page.locator("#s1").fill("1")
     page.locator("#status.bad", has_text="Server gone").wait_for()
     assert same(seen(page), before) and sliders(page) == changed((1, 1))
+    for button in ("keep", "save", "link", "vector"):
+        assert page.locator(f"#{button}").get_attribute("aria-disabled") == "true"
+    page.keyboard.press("k")
+    assert page.locator("#shelf .drop").count() == 0
+    for pause in (1, 2, 4, 8, 16):
+        page.locator("#status", has_text=f"every {pause} s").wait_for()
+        with page.expect_event("requestfailed", lambda request: "/api/model" in request.url):
+            page.clock.run_for(1000 * pause)
+    page.locator("#status", has_text="every 30 s").wait_for()
+    page.context.set_offline(False)
+    page.clock.run_for(30_000)
+    page.clock.resume()
+    await_shown(page, changed((1, 1)))
+    assert page.locator("#status.bad").count() == 0
+    assert shows(page, run / "last.pt", changed((1, 1)))
     assert all("ERR_INTERNET_DISCONNECTED" in line for line in page.trouble)
     page.trouble.clear()
-    page.context.set_offline(False)
-    page.locator("#s2").fill("1")
-    await_shown(page, changed((1, 1), (2, 1)))
-    assert page.locator("#status.bad").count() == 0
-    assert shows(page, run / "last.pt", changed((1, 1), (2, 1)))
-    assert all("ERR_INTERNET_DISCONNECTED" in line for line in page.trouble)
-    page.trouble.clear()  # a second request may have met the same gap
+
+
+@pytest.fixture
+def training(browser, run, tmp_path):
+    """A fresh page on a run of its own whose checkpoints a test may change, and that run's folder."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    with serving(gan.Site(folder, None, CPU)) as server:
+        page = open_page(browser, server.url, "blob:", "data:")
+        page.goto(server.url)
+        page.locator("#save:not([aria-disabled=true])").wait_for()
+        yield page, folder
+        page.context.close()
+        page.trouble = [line for line in page.trouble if "404" not in line]  # a checkpoint that is gone
+        assert page.trouble == []
+
+
+def test_a_page_that_only_watches_follows_the_training(training):
+    """A newer checkpoint's face takes the place of the one before, of the same numbers, and is no step of undo."""
+    page, run = training
+    page.locator("#numbers summary").click()
+    values = sliders(page)
+    shutil.copy(run / "epoch-00002.pt", run / "best.pt")
+    page.locator("#status", has_text="epoch 2 ·").wait_for()
+    await_shown(page, values, "best")
+    assert shows(page, run / "best.pt", values) and page.locator("#offer").is_hidden()
+    assert page.locator("#undo").get_attribute("aria-disabled") == "true"
+
+
+def test_a_newer_checkpoint_is_offered(training):
+    """To who works on a face: it stays as it was, of the network whose file is gone, until the newer one is taken; undo
+    leads back."""
+    page, run = training
+    page.locator("#numbers summary").click()
+    page.locator("#s1").fill("1")
+    values, first = sliders(page), identity(page, "last")
+    shutil.copy(run / "last.pt", run / "kept.pt")
+    os.replace(run / "epoch-00002.pt", run / "last.pt")
+    page.locator("#offer", has_text="epoch 2 is there").wait_for()
+    page.locator("#s1").fill("2")
+    values[1] = 2
+    page.wait_for_url(lambda url: np.allclose(in_link(url), values) and url.endswith(first))
+    assert shows(page, run / "kept.pt", values)
+    page.locator("#take-offer").click()
+    await_shown(page, values)
+    assert shows(page, run / "last.pt", values) and page.locator("#offer").is_hidden()
+    page.locator("#undo").click()
+    page.wait_for_url(lambda url: url.endswith(first))
+    assert shows(page, run / "kept.pt", values)
+
+
+def test_a_link_to_a_network_that_is_gone_says_so(training):
+    """And shows the same numbers' face of the default checkpoint; a link to one that is there, that one's."""
+    page, _ = training
+    url = page.url.partition("#")[0]
+    for asked, told, shown in (("7-12345678", "epoch 7 is no longer there: this is epoch 4", "last"),
+                               (identity(page, "2"), "epoch 2 ·", "2"), ("4", "epoch 4 ·", "4")):
+        page.goto("about:blank")
+        page.goto(f"{url}{link(BASE)}&c={asked}")
+        page.locator("#status", has_text=told).wait_for()
+        await_shown(page, BASE, shown)
 
 
 def test_refusal_is_shown(page):
@@ -496,12 +580,13 @@ def test_a_name_stays_with_what_training_makes_of_a_direction(page):
     none. What somebody else left in the browser's memory is no name and no fault."""
     axes = np.eye(128)
     directions = {"last": axes[:3], "2": [0.8 * axes[0] + 0.6 * axes[5], -axes[1], 0.95 * axes[2] + 0.3 * axes[6]]}
+    names_of = {identity(page, name): name for name in directions}
     page.route("**/api/directions?*", lambda route: route.fulfill(json={"directions": [
-        {"vector": list(one), "strength": 1} for one in directions[parse_qs(urlsplit(route.request.url).query)["checkpoint"][0]]]}))
+        {"vector": list(one), "strength": 1} for one in directions[names_of[parse_qs(urlsplit(route.request.url).query)["checkpoint"][0]]]]}))
 
     def choose(checkpoint, expected):
-        page.locator("#checkpoint").select_option(checkpoint)
-        page.wait_for_function("checkpoint => doc.panel && doc.panel.sliders === directions[checkpoint]", arg=checkpoint)
+        page.locator("#checkpoint").select_option(identity(page, checkpoint))
+        page.wait_for_function("id => doc.panel && doc.panel.sliders === directions[id]", arg=identity(page, checkpoint))
         assert names(page) == expected
     page.evaluate("localStorage.setItem(`names ${model.run}`, '[null, 3, {\"name\": \"x\", \"vector\": [1]}]')")
     page.reload()
@@ -631,7 +716,7 @@ def test_undo_and_redo_bring_everything_back(page):
     """Faces, numbers, checkpoint and shelf; a drag is one step; a new change forgets what was undone."""
     page.locator("#s3").fill("1")
     await_shown(page, changed((3, 1)))
-    page.locator("#checkpoint").select_option("2")
+    page.locator("#checkpoint").select_option(identity(page, "2"))
     page.locator("#keep").click()
     page.locator("#shelf button.drop").wait_for()
     for back in ("#shelf-hint", "#undo"):
@@ -738,7 +823,7 @@ def test_exported_page(browser, run, tmp_path):
     assert gan.command_export(settings) == 0
     page = open_page(browser, "file:", "blob:", "data:")
     page.goto((tmp_path / "faces.html").as_uri() + link(BASE))
-    page.locator("#save:enabled").wait_for()
+    page.locator("#save:not([aria-disabled=true])").wait_for()
     face = seen(page)
     assert np.abs(face - enlarged(page, run / "last.pt", BASE)).mean() < 3
     assert page.locator("#tools button").all_inner_texts() == ["Directions", "Mix"]

@@ -233,6 +233,9 @@ def test_model_is_described(site, run):
     assert (facts["latent_size"], facts["image_size"], facts["model"], facts["default"]) == (128, 32, "WGAN-GP", "last")
     assert {c["name"]: (c["epoch"], c["best"]) for c in facts["checkpoints"]} == {
         "last": (4, False), "2": (2, False), "4": (4, False)}
+    for one in facts["checkpoints"]:
+        assert one["id"] == gan.load_generator(run / FILES[one["name"]], CPU)[1]["id"]
+        assert same(picture(site.respond("GET", target(checkpoint=one["id"])).body), oracle(run / FILES[one["name"]], BASE))
 
 
 def test_the_scores_of_checkpoints_are_told(copied):
@@ -253,7 +256,52 @@ def test_newer_checkpoint_is_picked_up(copied):
     assert same(picture(site.respond("GET", target()).body), oracle(copied / "last.pt", BASE))
 
 
+def test_a_checkpoint_that_was_replaced_is_held_while_it_is_used(copied):
+    """By its identity, as long as somebody asks for it, were it by asking what there is; then it is a 404."""
+    def ids() -> dict[str, str]:
+        return {one["name"]: one["id"] for one in json.loads(site.respond("GET", "/api/model").body)["checkpoints"]}
+    site, before = gan.Site(copied, None, CPU), oracle(copied / "last.pt", BASE)
+    old = ids()["last"]
+    assert same(picture(site.respond("GET", target(checkpoint=old)).body), before)
+    state = gan.read_checkpoint(copied / "last.pt")
+    for epoch in range(5, 25):
+        state["progress"]["epoch"] = epoch
+        gan.write_checkpoint(copied / "last.pt", state)
+        assert ids()["last"].startswith(f"{epoch}-") and site.respond("GET", target()).status == 200
+        if epoch < 15:
+            assert site.respond("GET", f"/api/model?checkpoint={old}").status == 200
+            assert same(picture(site.respond("GET", target(checkpoint=old)).body), before)
+    gone = site.respond("GET", target(checkpoint=old))
+    assert gone.status == 404 and b"no checkpoint" in gone.body
+
+
+def test_the_default_follows_the_run(copied):
+    """best.pt as soon as there is one; what was asked for by name stays that."""
+    sites = {None: gan.Site(copied, None, CPU), "last": gan.Site(copied, "last", CPU)}
+    shutil.copy(copied / "epoch-00002.pt", copied / "best.pt")
+    for wanted, site in sites.items():
+        name = wanted or "best"
+        assert json.loads(site.respond("GET", "/api/model").body)["default"] == name
+        assert same(picture(site.respond("GET", target()).body), oracle(copied / f"{name}.pt", BASE))
+
+
+def test_a_damaged_checkpoint_is_not_listed(copied):
+    """And costs the others nothing."""
+    (copied / "epoch-00002.pt").write_bytes(b"PK" + bytes(5000))
+    answer = gan.Site(copied, None, CPU).respond("GET", "/api/model")
+    assert [one["name"] for one in json.loads(answer.body)["checkpoints"]] == ["last", "4"]
+
+
 # ---- sockets ----
+
+@pytest.mark.parametrize("path", ["/api/model", "/samples/4"])
+def test_what_is_still_the_same_is_not_sent_again(server, client, path):
+    """To who names its ETag: 304 without a body; to who names another, all of it."""
+    status, body, headers = ask(client, path=path)
+    assert status == 200 and headers["Cache-Control"] == "no-cache"
+    assert ask(client, path=path, headers={"If-None-Match": headers["ETag"]})[:2] == (304, b"")
+    assert ask(client, path=path, headers={"If-None-Match": '"0"'})[:2] == (200, body)
+
 
 class Page(HTMLParser):
     """Collects the texts of a page's scripts and styles, and the attributes that its policy would block."""
@@ -290,7 +338,8 @@ def test_policy_allows_the_pages_own_script_and_style_only(client):
 def test_every_answer_is_fenced(client, method, path):
     """Every answer forbids sniffing, storing and scripts, and none opens the door to other sites."""
     _, _, headers = ask(client, method, path)
-    assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Cache-Control"] == ("no-cache" if path == "/api/model" else "no-store")
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert not [name for name in headers if name.lower().startswith("access-control")]
 
