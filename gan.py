@@ -1127,7 +1127,7 @@ def read_checkpoint(path: Path, whole: bool = True) -> dict:
     False: only what is then looked at is read from the disk, and it is not compared with its checksums."""
     try:
         with zipfile.ZipFile(path) as parts:  # which torch's reader does not compare with their checksums
-            if whole and parts.testzip() or any(part.external_attr for part in parts.infolist()):  # passed over by it
+            if whole and parts.testzip() or any(part.external_attr for part in parts.infolist()):  # a "folder"
                 raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
         if state["version"] == CHECKPOINT_FORMAT:
@@ -2666,51 +2666,52 @@ def region_sliders(jac: Tensor, mask: Tensor, count: int = 5) -> tuple[Tensor, T
     return vectors.T, change_inside, change_outside
 
 
+PARTS = {  # of an aligned face, ellipses in per cent of its side: middle from top and left, half height, half width
+    "hair": [(5, 50, 9, 38), (25, 14, 16, 8), (25, 86, 16, 8)], "forehead": [(21, 50, 8, 22)],
+    "brows": [(31, 33, 4, 11), (31, 67, 4, 11)], "left eye": [(41, 33, 5, 9)], "right eye": [(41, 67, 5, 9)],
+    "nose": [(53, 50, 9, 7)], "cheeks": [(60, 29, 9, 9), (60, 72, 9, 9)], "mouth": [(72, 50, 6, 15)],
+    "chin": [(89, 50, 8, 17)], "background": [(15, 3, 20, 8), (15, 97, 20, 8), (70, 3, 30, 9), (70, 97, 30, 9)]}
+
+
 @torch.no_grad()
 def find_regions(jac: Tensor, size: int) -> Tensor:
-    """The face as its network divides it: (S, S), a number from 0 to 8 for each pixel, the same where pixels move
-    together.
+    """The parts of an aligned face: (S, S), for each pixel the number among PARTS of that near it with whose pixels it
+    moves.
 
     k-means of what each pixel answers to latent vectors, all whose effects count the same (whitened: or the light from
-    the left would be all that is found), and of its place, left or right. A start on a 3×3 grid."""
+    the left would be all that is found), and of how far it is from where each part lies in most faces."""
     square = jac.T @ jac
     values, vectors = torch.linalg.eigh(square + 0.02 * square.diagonal().mean() * torch.eye(len(square)))
     answers = (jac @ (vectors * values.rsqrt())).view(3, size, size, -1).mean(0).permute(2, 0, 1)
-    side = size // 32 * 2 + 1
-    answers = F.avg_pool2d(F.pad(answers[None], (side // 2,) * 4, mode="replicate"), side, 1)[0].flatten(1).T
-    row, column = torch.meshgrid(*[torch.arange(size) / size] * 2, indexing="ij")
-    place = torch.stack([row, (column - 0.5).abs()], -1).flatten(0, 1)
-    points = torch.cat([F.normalize(answers, dim=1), 1.2 * place], 1)
-    grid = torch.tensor([size // 6, size // 2, size - size // 6])
-    centres = points[(grid[:, None] * size + grid).flatten()]
-    for _ in range(20):
-        nearest = torch.cdist(points, centres).argmin(1)
-        members = F.one_hot(nearest, len(centres)).float()
-        centres = members.T @ points / members.sum(0)[:, None].clamp_min(1)
-    return nearest.view(size, size)
+    answers = F.avg_pool2d(answers[None], 3, 1, 1)[0]  # edges without teeth
+    answers = F.normalize(answers.flatten(1).T, dim=1)
+    row, column = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 100] * 2, indexing="ij")
+    away = torch.stack([torch.stack([((row - top) / height) ** 2 + ((column - left) / width) ** 2
+                                     for top, left, height, width in ellipses]).amin(0).flatten()
+                        for ellipses in PARTS.values()], 1)
+    found = away.argmin(1)
+    for _ in range(8):
+        centres = F.normalize(F.one_hot(found, len(PARTS)).float().T @ answers, dim=1)
+        found = (0.05 * away - 2 * answers @ centres.T).argmin(1)
+    return found.view(size, size)
 
 
-PARTS = {  # of an aligned face, where they lie in per cent of its side: top, bottom, left, right
-    "hair": (0, 12, 25, 75), "forehead": (15, 30, 33, 67), "left eye": (36, 47, 27, 44), "right eye": (36, 47, 56, 73),
-    "nose": (47, 62, 42, 58), "left cheek": (52, 68, 22, 36), "right cheek": (52, 68, 64, 78),
-    "mouth": (66, 78, 36, 64), "chin": (84, 96, 38, 62), "left side": (35, 65, 0, 13), "right side": (35, 65, 87, 100),
-    "top left corner": (0, 25, 0, 18), "top right corner": (0, 25, 82, 100), "bottom left corner": (78, 100, 0, 18),
-    "bottom right corner": (78, 100, 82, 100)}
+WORDS = [("darker", "brighter"), ("cooler", "warmer"), ("left", "right"), ("higher", "lower"), ("narrower", "wider"),
+         ("shorter", "longer"), ("fainter", "stronger")]
 
 
-def name_regions(masks: list[Tensor]) -> list[str]:
-    """Regions (S, S) of an aligned face in words, no two alike, from 1 where each is and 0 elsewhere: the PARTS of
-    which it has more than half, or else that it is near the one of which it has most."""
-    names: list[str] = []
-    for mask in masks:
-        shares = {part: mask[top * len(mask) // 100:bottom * len(mask) // 100,
-                             left * len(mask) // 100:right * len(mask) // 100].mean().item()
-                  for part, (top, bottom, left, right) in PARTS.items()}
-        whole = ", ".join(part for part, share in shares.items() if share > 0.5)
-        near = (f"near the {part}" for part in sorted(shares, key=lambda part: -shares[part]))
-        names.append(re.sub(r"(\w+ |)left (\w+), \1right \2", r"\1\2s", whole)
-                     or next(name for name in near if name not in names))
-    return names
+def name_change(change: Tensor, face: Tensor, mask: Tensor) -> list[str]:
+    """What a change (3, S, S) of a face does to a part of it, (S, S) in 0..1, in a word for either end: that which it
+    correlates with most, among what would brighten, warm, shift, stretch and strengthen the picture. [] where none is
+    near."""
+    row, column = torch.meshgrid(*[torch.arange(len(mask)) + 0.0] * 2, indexing="ij")
+    down, right = torch.gradient(face, dim=(1, 2))
+    middle, top, left = (((part * mask).sum((-2, -1), keepdim=True) / mask.sum()) for part in (face, row, column))
+    ways = torch.stack([torch.ones_like(face), torch.tensor([1.0, 0, -1])[:, None, None].expand_as(face), -right, -down,
+                        (left - column) * right, (top - row) * down, face - middle]) * mask
+    alike = F.cosine_similarity(ways.flatten(1), (change * mask).flatten(), dim=1)
+    best = int(alike.abs().argmax())
+    return [] if alike[best].abs() < 0.4 else [*WORDS[best][::1 if alike[best] > 0 else -1]]
 
 
 def face_weights(size: int) -> Tensor:
@@ -2757,6 +2758,17 @@ def fit_start(generator: nn.Module, target: Tensor, weights: Tensor, count: int 
     z = sample_latents(count, seed=0)
     distances = [distances_to(target, to_face(sample_images(generator, part)), weights) for part in z.split(32)]
     return z[torch.cat(distances).argmin()]
+
+
+def average_latent(generator: nn.Module) -> Tensor:
+    """The latent vector (128,) of the average face: four steps towards the mean of many, as the mean of latent vectors,
+    0, is no face."""
+    faces = torch.cat([to_face(sample_images(generator, z)) for z in sample_latents(256, seed=0).split(32)])
+    target, weights = faces.mean(0), torch.ones(faces.shape[2:])
+    z = fit_start(generator, target, weights)
+    for _ in range(4):
+        z = fit_step(generator, z, jacobian(generator, z), target, weights)
+    return z
 
 
 def fit_photo(generator: nn.Module, target: Tensor, weights: Tensor, most: int = 12) -> Iterator[tuple[Tensor, float]]:
@@ -2869,15 +2881,17 @@ def describe_directions(vectors: Tensor, strengths: Tensor) -> list[dict]:
             for vector, strength in zip(vectors, strengths.tolist())]
 
 
-def describe_sliders(jac: Tensor, mask: Tensor) -> list[dict]:
-    """The three to five sliders of a region as plain types: those whose mean square change of it is three times that of
-    the rest, as far as there are. `reach`: the step that would change it by 45 grey levels, from 2 to 8."""
+def describe_sliders(jac: Tensor, face: Tensor, mask: Tensor) -> list[dict]:
+    """The three to five sliders of a part of a face (3, S, S) as plain types: those whose mean square change of it is
+    three times that of the rest, as far as there are. `reach`: the step that would change it by 45 grey levels, from 2
+    to 8; `words`: what its ends do, where that can be told."""
     found: list[dict] = []
     for vector, inside, outside in zip(*region_sliders(jac, mask)):
         if len(found) < 3 or inside ** 2 >= 3 * outside ** 2:
             reach = min(8.0, max(2.0, 45 / max(inside.item(), 0.01)))
             found.append({"vector": tidy(vector), "inside": round(inside.item(), 3),
-                          "outside": round(outside.item(), 3), "reach": round(reach, 1)})
+                          "outside": round(outside.item(), 3), "reach": round(reach, 1),
+                          "words": name_change((jac @ vector).view_as(face), face, mask)})
     return found
 
 
@@ -3053,11 +3067,12 @@ class Site:
         self.stamps: dict[Path, int] = {}
         self.held: dict[str, Model] = {}  # the last few, by identity: a page goes on with one whose file was replaced
         self.identity = lru_cache(256)(lambda path, stamp: identify(read_checkpoint(path, whole=False)))
-        self.scores = lru_cache(1)(lambda stamp: {line["epoch"]: line.get("scores") for line in read_log(run)})
-        self.load(self.default)
+        self.load()
         self.page, self.policy = read_page()
-        self.jacobian = lru_cache(2)(lambda generator, values: jacobian(generator, torch.tensor(values)))
-        self.strongest, self.neighbours_of = lru_cache(4)(strongest_directions), lru_cache(1)(
+        self.linear = lru_cache(2)(lambda generator, values: (
+            jacobian(generator, torch.tensor(values)), generator(torch.tensor([values]))[0]))
+        self.strongest, self.middle = lru_cache(4)(strongest_directions), lru_cache(4)(average_latent)
+        self.neighbours_of = lru_cache(1)(
             lambda data, *faces: NearestFaces(*load_known_faces({"data": data, "faces": [*faces]})))
 
     def checkpoints(self) -> dict[str, Path]:
@@ -3071,33 +3086,35 @@ class Site:
         return named
 
     def identify(self, path: Path) -> str:
-        """Which network a file holds, looked at again when it changed: "epoch-checksum"."""
-        with suppress(FileNotFoundError):
+        """Which network a file holds, looked at again when it changed."""
+        with suppress(FileNotFoundError):  # between the two renames of a save
             self.stamps[path] = path.stat().st_mtime_ns
         return self.identity(path, self.stamps[path])
 
-    def load(self, path: Path) -> Model:
-        """A checkpoint, read again when its file changed."""
+    def listed(self) -> list[dict]:
+        """The checkpoints that can be read: name, identity, epoch, and what the judge says of it."""
+        scores, found = {line["epoch"]: line.get("scores") for line in read_log(self.run)}, []
+        for name, path in self.checkpoints().items():
+            with suppress(UserError):
+                epoch = int((identity := self.identify(path)).partition("-")[0])
+                found.append({"name": name, "id": identity, "epoch": epoch, "scores": scores.get(epoch)})
+        return found
+
+    def load(self, which: Any = None) -> Model:
+        """The checkpoint of a name or an identity; None: the default one. The last eight are held: whoever asks goes on
+        with one whose file was replaced."""
+        files: dict[Any, Path] = {None: self.default, **self.checkpoints()}
         with self.loading:
-            model = self.held.pop(self.identify(path), None) or Model(*load_generator(path, self.device))
+            if which not in [*files, *self.held]:  # it may be anything that JSON can say
+                files |= {one["id"]: files[one["name"]] for one in self.listed()}
+            identity = which if which in [*self.held] else self.identify(files[which]) if which in [*files] else None
+            if identity is None:
+                raise BadRequest(404, f"no checkpoint {str(which)[:20]!a}: see /api/model")
+            model = self.held.pop(identity, None) or Model(*load_generator(files[which], self.device))
             self.held[model.facts["id"]] = model
             for oldest in [*self.held][:-8]:
                 del self.held[oldest]
             return model
-
-    def find(self, which) -> Model:
-        """The checkpoint that is asked for by name or by identity; None: the default one."""
-        known = self.checkpoints()
-        if which is None or which in [*known]:  # it may be anything that JSON can say
-            return self.load(self.default if which is None else known[which])
-        with self.loading:
-            if which in [*self.held]:
-                self.held[which] = self.held.pop(which)
-                return self.held[which]
-        for one in self.listed():
-            if one["id"] == which:
-                return self.load(known[one["name"]])
-        raise BadRequest(404, f"no checkpoint {str(which)[:20]!a}: see /api/model")
 
     def respond(self, method: str, target: str, body: bytes = b"") -> Response:
         """Answer a request: method and request target as they stand in the request line. Never raises."""
@@ -3121,7 +3138,7 @@ class Site:
 
     def answer(self, found: Route, asked: dict) -> Response:
         """Read a route's fields and the checkpoint, and have it answered."""
-        model, values = self.find(asked.get("checkpoint")), {}
+        model, values = self.load(asked.get("checkpoint")), {}
         for name, parse in found.parsers.items():
             try:
                 values[name] = parse(asked.get(name), model.size) if parse else asked.get(name)
@@ -3162,29 +3179,14 @@ class Site:
         """Which of some faces is the most realistic, by its place: `generate --best-of` for the page."""
         return {"best": self.known(model).realism(sample_images(model.generator, vectors)).argmax().item()}
 
-    def listed(self) -> list[dict]:
-        """The checkpoints that can be read: name, identity, epoch, and what the judge says of it."""
-        log, found = self.run / "log.jsonl", []
-        scores = self.scores(log.stat().st_mtime_ns if log.exists() else 0)
-        for name, path in self.checkpoints().items():
-            with suppress(UserError):
-                identity = self.identify(path)
-                epoch = int(identity.partition("-")[0])
-                found.append({"name": name, "id": identity, "epoch": epoch, "best": name == "best",
-                              "scores": scores.get(epoch)})
-        return found
-
     @Route("/api/model")
     def model(self, model: Model) -> Response:
-        """The run, its checkpoints as they are now, and sizes. Pages ask for it every few seconds, and by that hold the
-        checkpoint that they name."""
-        checkpoints = self.checkpoints()
-        default = next(name for name, path in checkpoints.items() if path == self.default)
+        """The run, its checkpoints as they are now, and sizes. Pages ask every few seconds, naming theirs."""
+        default = next(name for name, path in self.checkpoints().items() if path == self.default)
         return revalidated("application/json", json.dumps({
             "run": str(self.run), "model": model.facts["model"], "latent_size": LATENT_SIZE, "image_size": model.size,
             "checkpoints": self.listed(), "default": default,
-            "dataset": read_manifest(Path(model.facts["data"])) is not None,
-            "opencv": importlib.util.find_spec("cv2") is not None}).encode())
+            "dataset": read_manifest(Path(model.facts["data"])) is not None}).encode())
 
     def grids(self) -> dict[int, Path]:
         """Epoch -> sample grid that training wrote, in order."""
@@ -3193,7 +3195,7 @@ class Site:
 
     @Route("/api/samples")
     def samples(self, model: Model) -> dict:
-        best = next((one["epoch"] for one in self.listed() if one["best"]), None)
+        best = next((one["epoch"] for one in self.listed() if one["name"] == "best"), None)
         return {"epochs": list(self.grids()), "best": best, "columns": 10, "rows": 10, "tile": model.size, "gap": 2}
 
     @Route("/samples/EPOCH", epoch=parse_whole(0, 10**7))
@@ -3234,19 +3236,25 @@ class Site:
     def directions(self, model: Model) -> dict:
         return {"directions": describe_directions(*self.strongest(model.generator))}
 
+    @Route("/api/average", heavy=True)
+    def average(self, model: Model) -> dict:
+        return {"values": tidy(self.middle(model.generator))}
+
     @Route("/api/regions", "POST", heavy=True, values=parse_vector)
     def regions(self, model: Model, values: Tensor) -> dict:
-        """The face as the network divides it, and each region's name and sliders."""
-        slopes = self.jacobian(model.generator, tuple(values.tolist()))
-        found = find_regions(slopes, model.size)
-        masks = [(found == number).float() for number in range(int(found.max()) + 1)]
-        return {"map": found.flatten().tolist(),
-                "regions": [{"name": name, "sliders": describe_sliders(slopes, mask)}
-                            for name, mask in zip(name_regions(masks), masks)]}
+        """The face's parts, and each one's name, numbers in the map and sliders; both eyes are a part, too."""
+        linear = self.linear(model.generator, tuple(values.tolist()))
+        found, names = find_regions(linear[0], model.size), [*PARTS]
+        parts = {name: [number] for number, name in enumerate(names)} | {
+            "eyes": [names.index("left eye"), names.index("right eye")]}
+        return {"map": found.flatten().tolist(), "regions": [
+            {"name": name, "numbers": numbers,
+             "sliders": describe_sliders(*linear, torch.isin(found, torch.tensor(numbers)).float())}
+            for name, numbers in parts.items()]}
 
     @Route("/api/region", "POST", heavy=True, values=parse_vector, mask=parse_mask)
     def region(self, model: Model, values: Tensor, mask: Tensor) -> dict:
-        return {"sliders": describe_sliders(self.jacobian(model.generator, tuple(values.tolist())), mask)}
+        return {"sliders": describe_sliders(*self.linear(model.generator, tuple(values.tolist())), mask)}
 
     @Route("/api/paint", "POST", heavy=True, values=parse_vector, target=parse_picture, mask=parse_mask)
     def paint(self, model: Model, values: Tensor, target: Tensor, mask: Tensor) -> dict:
@@ -3262,7 +3270,7 @@ class Site:
 
     def fitted(self, generator: Generator, z: Tensor, target: Tensor, weights: Tensor) -> dict:
         """The answer of one step of a fit."""
-        better = fit_step(generator, z, self.jacobian(generator, tuple(z.tolist())), target, weights)
+        better = fit_step(generator, z, self.linear(generator, tuple(z.tolist()))[0], target, weights)
         before, now = distances_to(target, generator(torch.stack([z, better])), weights).tolist()
         return {"values": tidy(better), "distance": round(now, 3), "done": before - now < FIT_DONE}
 
@@ -3421,7 +3429,7 @@ def serve(settings: EvalSettings) -> int:
     with server:
         if settings.host not in ("127.0.0.1", "localhost", "::1"):
             say(f"warning: anyone who can reach {settings.host} can use this server")
-        model = site.load(site.default)
+        model = site.load()
         first = "POST", "/api/regions", json.dumps({"values": [0] * LATENT_SIZE}).encode()  # takes torch longer
         threading.Thread(target=site.respond, args=first, daemon=True).start()
         say(f"faces of {site.default} (epoch {model.facts['epoch']}) at {server.url} (Ctrl-C ends)")

@@ -419,12 +419,12 @@ def bench_studio(options) -> dict:
     generator, facts = gan.load_generator(gan.find_checkpoint(options.run, None), torch.device("cpu"))
     size, ratios = facts["image_size"], {name: [] for name in BOXES}
     for z in gan.sample_latents(20, seed=2):
-        slopes = gan.jacobian(generator, z)
+        slopes, face = gan.jacobian(generator, z), generator(z[None])[0]
         for name, edges in BOXES.items():
             top, bottom, left, right = (edge * size // 80 for edge in edges)
             mask = torch.zeros(size, size)
             mask[top:bottom, left:right] = 1
-            for slider in gan.describe_sliders(slopes, mask)[:3]:
+            for slider in gan.describe_sliders(slopes, face, mask)[:3]:
                 moved = z + 0.5 * slider["reach"] * torch.tensor(slider["vector"])
                 change = (generator(moved[None]) - generator(z[None])).square().mean((0, 1))
                 ratios[name].append((change[mask == 1].mean() / change[mask == 0].mean()).item())

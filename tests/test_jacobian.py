@@ -104,7 +104,7 @@ def test_a_region_gets_the_sliders_that_are_its_own():
         for number, share in enumerate(shares):
             matrix[:, number::128, number] = torch.tensor([0.5, 0.5 * share])[:, None]
         matrix = matrix.view(2, 3, SIZE // 2, SIZE, 128).transpose(0, 1).reshape(PIXELS, 128)
-        found = gan.describe_sliders(matrix, top_half())
+        found = gan.describe_sliders(matrix, torch.zeros(3, SIZE, SIZE), top_half())
         for slider, share in zip(found, shares):
             assert slider["outside"] == pytest.approx(share * slider["inside"], rel=0.01)
         return len(found)
@@ -113,48 +113,64 @@ def test_a_region_gets_the_sliders_that_are_its_own():
     assert kept(0.6, 0.7, 0.8, 0.9, 0.95) == 3
 
 
-def test_regions_are_what_moves_together():
-    """Halves that answer to different numbers share no region."""
-    matrix = torch.zeros(3, SIZE, SIZE, 128)
-    matrix[:, :SIZE // 2, :, :20], matrix[:, SIZE // 2:, :, 20:40] = noise(20), noise(20, seed=1)
-    found = gan.find_regions(matrix.view(PIXELS, 128), SIZE)
-    assert found.shape == (SIZE, SIZE) and found.min() >= 0 and found.max() < 9
-    assert not set(found[:SIZE // 2 - 1].flatten().tolist()) & set(found[SIZE // 2 + 1:].flatten().tolist())
-
-
-def test_where_all_pixels_answer_alike_place_divides_them():
-    """Into several regions, one above another, each the same left and right."""
-    found = gan.find_regions(torch.ones(PIXELS, 128), SIZE)
-    assert len(found[:, SIZE // 2].unique()) > 1 and len(found.unique()) > 3
-    assert torch.equal(found[:, 1:], found[:, 1:].flip(1))
-
-
-def test_regions_follow_both_answers_and_place():
-    """Answers that are the same along slanting bands: by place alone a region would be a third of the face high, by
-    answers alone as high as the face."""
-    row, column = torch.meshgrid(*[torch.arange(32) / 32] * 2, indexing="ij")
-    matrix, angle = torch.zeros(3, 32, 32, 128), math.pi * (column + 2 * row)
-    matrix[..., 0], matrix[..., 1] = angle.sin(), angle.cos()
-    found = gan.find_regions(matrix.view(-1, 128), 32)
-    heights = [row[found == number].max() - row[found == number].min() for number in found.unique()]
-    assert 0.4 < max(heights) < 0.7
+def middle_of(part: str, size: int) -> list[tuple[int, int]]:
+    """Row and column of each of a part's middles, where it lies in most faces."""
+    return [(top * size // 100, left * size // 100) for top, left, *_ in gan.PARTS[part]]
 
 
 @pytest.mark.parametrize("size", [32, 80])
-def test_regions_have_the_names_of_what_lies_there(size):
-    """The parts of which they have most; pairs are told as pairs; what has most of none, which it is near; no two alike."""
-    def covering(top: float, bottom: float, left: float, right: float) -> torch.Tensor:
-        mask = torch.zeros(size, size)
-        mask[int(top * size):int(bottom * size), int(left * size):int(right * size)] = 1
-        return mask
-    for box, name in (((0.33, 0.58, 0.25, 0.75), "eyes, nose"), ((0.33, 0.5, 0.5, 0.75), "right eye"),
-                      ((0.65, 1, 0.2, 0.8), "mouth, chin"), ((0, 0.32, 0.2, 0.8), "hair, forehead"),
-                      ((0.7, 1, 0, 0.2), "bottom left corner"), ((0.67, 0.71, 0.4, 0.6), "near the mouth"),
-                      ((0, 1, 0, 1), "hair, forehead, eyes, nose, cheeks, mouth, chin, sides, top corners, bottom corners")):
-        assert gan.name_regions([covering(*box)]) == [name]
-    thirds = [covering(0.66, 0.78, left, left + 0.12) for left in (0.32, 0.44, 0.56)]
-    names = gan.name_regions(thirds)
-    assert len(set(names)) == 3 and all(name.startswith("near the ") for name in names)
+def test_where_all_pixels_answer_alike_parts_are_where_they_mostly_are(size):
+    """Each at its middle, in the order of PARTS; and the face's halves are alike."""
+    found = gan.find_regions(torch.ones(3 * size * size, 128), size)
+    for number, part in enumerate(gan.PARTS):
+        assert all(found[place] == number for place in middle_of(part, size))
+    pair = torch.arange(len(gan.PARTS))
+    pair[[3, 4]] = pair[[4, 3]]  # the left eye and the right one
+    assert (found.flip(1) == pair[found]).float().mean() > 0.95
+
+
+def test_a_part_is_where_its_pixels_move_together():
+    """A mouth that lies lower than most is found there; what moves with the chin above it is chin."""
+    size, rows = 64, torch.arange(64)[:, None].expand(64, 64)
+    top, left = middle_of("mouth", size)[0]
+    mouth = (rows - top - 3).abs() < 4
+    parts = gan.find_regions(torch.ones(3 * size * size, 128), size)
+    answers = noise(len(gan.PARTS), 128)[torch.where(mouth & (parts != 9), list(gan.PARTS).index("mouth"), parts)]
+    found = gan.find_regions(answers.expand(3, size, size, 128).reshape(-1, 128), size)
+    number = list(gan.PARTS).index("mouth")
+    assert (found[top + 5, left - 8:left + 8] == number).all() and (parts[top + 6, left - 8:left + 8] != number).any()
+
+
+def test_a_word_says_what_changes():
+    """Of a picture that is brightened, warmed, shifted, stretched or strengthened in a part, there; of noise, nothing."""
+    def picture(shift=(0.0, 0.0), stretch=(1.0, 1.0)) -> torch.Tensor:
+        row, column = torch.meshgrid(*[torch.arange(48) - 23.5] * 2, indexing="ij")
+        row, column = (row - shift[0]) / stretch[0], (column - shift[1]) / stretch[1]
+        return torch.stack([(row / 5 + a).sin() * (column / 4 + 2 * a).cos() for a in range(3)]) / 2
+    face, mask = picture(), torch.zeros(48, 48)
+    mask[8:40, 8:40] = 1
+    warm = torch.tensor([0.1, 0, -0.1])[:, None, None]
+    for words, other in ((("darker", "brighter"), face + 0.1), (("cooler", "warmer"), face + warm), (("fainter", "stronger"), face * 1.2),
+                         (("left", "right"), picture((0, 0.5))), (("higher", "lower"), picture((0.5, 0))),
+                         (("narrower", "wider"), picture(stretch=(1, 1.05))), (("shorter", "longer"), picture(stretch=(1.05, 1)))):
+        elsewhere = (1 - mask) * noise(3, 48, 48)
+        assert gan.name_change(other - face + elsewhere, face, mask) == [*words]
+        assert gan.name_change(face - other, face, mask) == [*words[::-1]]
+    assert gan.name_change(noise(3, 48, 48), face, mask) == []
+
+
+def test_the_average_face_is_near_the_mean_of_faces():
+    """Nearer than any of many; the mean of latent vectors is not near."""
+    torch.manual_seed(0)
+    generator = gan.Generator(32, 8).eval()
+    for layer in generator.layers:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_var.uniform_(0.005, 0.02)
+    z = gan.average_latent(generator)
+    with torch.no_grad():
+        faces = generator(noise(300, 128, seed=3))
+        found, *others = gan.distances_to(faces.mean(0), torch.cat([generator(z[None]), faces]), torch.ones(32, 32))
+    assert found < 0.8 * min(others)
 
 
 def test_one_step_solves_a_linear_fit(monkeypatch):

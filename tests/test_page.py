@@ -505,7 +505,7 @@ def test_touch_a_region(page, server, run):
     page.locator(f"#parts button[aria-pressed=true]:nth-child({k + 1})").wait_for()
     sliders_there = regions["regions"][k]["sliders"]
     assert page.locator("#touch .strip").count() == len(sliders_there)
-    assert page.locator("#touched").text_content() == regions["regions"][k]["name"]
+    assert page.locator("#touched").text_content() == regions["regions"][k]["name"] and k < 10
     expected = moved(sliders_there[1]["vector"], push_to_the_end(page, "#touch", 1))
     await_shown(page, expected)
     assert sliders(page) == expected and shows(page, run / "last.pt", expected)

@@ -85,14 +85,22 @@ def test_directions_are_told_strongest_first(site):
 
 
 def test_regions_cover_the_face_with_sliders(site):
-    """A number for each pixel, and three to five sliders for each number; they change their region more than the rest."""
+    """A number for each pixel, and for each part its numbers and three to five sliders, which change it more than the
+    rest; both eyes are a part, and each is."""
     found = post(site, "/api/regions", values=BASE)
-    regions = np.array(found["map"]).reshape(SIZE, SIZE)
-    assert set(regions.ravel()) <= set(range(len(found["regions"]))) and len(set(regions.ravel())) > 3
-    for number, region in enumerate(found["regions"]):
-        assert 3 <= len(region["sliders"]) <= 5
-        if (regions == number).sum() > 20:
-            assert region["sliders"][0]["inside"] > 1.5 * region["sliders"][0]["outside"]
+    regions, parts = np.array(found["map"]), {one["name"]: one for one in found["regions"]}
+    assert parts.keys() == {*gan.PARTS, "eyes"} and len(found["map"]) == SIZE * SIZE
+    assert sorted(parts["eyes"]["numbers"]) == sorted(parts["left eye"]["numbers"] + parts["right eye"]["numbers"])
+    for part in parts.values():
+        assert 3 <= len(part["sliders"]) <= 5 and all(len(one["words"]) in (0, 2) for one in part["sliders"])
+        assert np.isin(regions, part["numbers"]).sum() >= 8
+        assert part["sliders"][0]["inside"] > 1.5 * part["sliders"][0]["outside"]
+
+
+def test_the_average_face_is_told(site):
+    """A vector that can be asked for."""
+    values = get(site, "/api/average?checkpoint=last")["values"]
+    assert site.respond("GET", target(values)).status == 200
 
 
 def test_a_region_slider_moves_its_region(site, run):
