@@ -1185,7 +1185,8 @@ def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
     generator.load_state_dict(state["networks"]["averaged"])
     data = settings["data"] if Path(settings["data"]).exists() else TrainSettings.data  # a project may have moved
     facts = {"model": settings["model"], "epoch": state["progress"]["epoch"], "image_size": state["image_size"],
-             "data": data, "faces": state["faces"], "id": identify(state)}
+             "data": data, "faces": state["faces"], "seed": settings["seed"],
+             "id": identify(state)}
     return channels_last(generator, device).eval().requires_grad_(False), facts
 
 
@@ -3204,6 +3205,11 @@ class Site:
             raise BadRequest(404, "no grid of that epoch: see /api/samples")
         return revalidated("image/png", self.grids()[epoch].read_bytes())
 
+    @Route("/api/sample", face=parse_whole(0, 99))
+    def sample(self, model: Model, face: int) -> dict:
+        """The latent vector of one face of the grids."""
+        return {"values": tidy(sample_latents(100, model.facts["seed"])[face])}
+
     @Route("/api/log")
     def log(self, model: Model) -> dict:
         """The log's lines: evenly thinned to 500, and as many of the judged ones."""
@@ -3245,8 +3251,8 @@ class Site:
         """The face's parts, and each one's name, numbers in the map and sliders; both eyes are a part, too."""
         linear = self.linear(model.generator, tuple(values.tolist()))
         found, names = find_regions(linear[0], model.size), [*PARTS]
-        parts = {name: [number] for number, name in enumerate(names)} | {
-            "eyes": [names.index("left eye"), names.index("right eye")]}
+        parts = {"eyes": [names.index("left eye"), names.index("right eye")]} | {
+            name: [number] for number, name in enumerate(names)}
         return {"map": found.flatten().tolist(), "regions": [
             {"name": name, "numbers": numbers,
              "sliders": describe_sliders(*linear, torch.isin(found, torch.tensor(numbers)).float())}
