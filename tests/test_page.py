@@ -453,7 +453,9 @@ def test_refusal_is_shown(page):
     page.locator("#s1").fill("1")
     page.locator("#status.bad").wait_for()
     assert page.locator("#status").text_content() == "value 3 is <b>bad</b>"
-    page.trouble.clear()  # the browser itself logs the 400
+    page.evaluate("render()")
+    assert len(page.trouble) == 1  # the browser itself logs the 400; nothing is asked again that would be refused again
+    page.trouble.clear()
 
 
 def test_all_sliders_fit_a_phone(page):
@@ -649,7 +651,7 @@ def test_photo_by_a_square(page, server):
     left, top, right, bottom = map(int, parse_qs(urlsplit(sent.value.url).query)["box"][0].split(","))
     assert right - left == bottom - top == 150 and top == 75 and 50 < left < 70
     page.locator("#note", has_text="Found").wait_for()
-    assert page.locator("#likeness").is_visible() and page.locator("#progress").is_hidden()
+    assert page.locator("#likeness").is_visible()
     await_changed(page, BASE)
     page.locator("#undo").click()  # the whole search is one step
     await_shown(page, BASE)
@@ -958,12 +960,12 @@ def test_a_search_that_is_interrupted_says_so(page, server):
         answers.append(0)
         if len(answers) == 3:
             page.locator("#random").evaluate("button => button.click()")
-        route.fulfill(json={"values": changed(( 5, len(answers) / 10)), "distance": 9 - len(answers), "done": False})
+        route.fulfill(json={"values": changed((5, len(answers) / 10)), "distance": 9 - len(answers), "done": False})
     page.route("**/api/invert", step)
     page.locator("#tool-photo").click()
     page.locator("#file").set_input_files(photo_file())
     page.locator("#status", has_text="The search ended, because the face was changed meanwhile").wait_for()
-    assert page.locator("#progress").is_hidden() and page.locator("#likeness").is_hidden()
+    assert page.locator("#likeness").is_hidden()
     page.locator("#undo").click()
     assert page.locator("#note").text_content() == "Step 2: 7.0 of 255 away." and page.locator("#likeness").is_visible()
     page.locator("#undo").click()
@@ -1010,7 +1012,7 @@ def test_part_sliders_and_face_are_seen_together(page, screen):
 
     def inside(locator) -> bool:
         box = locator.bounding_box()
-        return box["x"] >= 0 and box["y"] >= 0 and box["x"] + box["width"] <= width and box["y"] + box["height"] <= height
+        return box["x"] >= 0 and box["y"] >= 0 and max(box["x"] + box["width"] - width, box["y"] + box["height"] - height) < 1
     assert inside(page.locator("#frame")) and page.locator("#frame").bounding_box()["width"] >= min(height / 2.5, width / 3)
     assert inside(page.locator("#touch .strip input[type=range]").first)  # without scrolling
     for strip in page.locator("#touch .strip").all():
