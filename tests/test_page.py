@@ -435,6 +435,16 @@ def test_a_newer_checkpoint_is_offered(training):
     assert shows(page, run / "kept.pt", values)
 
 
+def test_a_server_that_fails_once_is_asked_again(training):
+    """As one that does not answer; no checkpoint is taken for gone."""
+    page, run = training
+    page.route("**/api/model*", lambda route: route.fulfill(status=500, body="failed at this\n"), times=1)
+    page.locator("#status.bad", has_text="asked again every 1 s").wait_for()
+    shutil.copy(run / "epoch-00002.pt", run / "best.pt")
+    page.locator("#status", has_text="epoch 2 ·").wait_for()
+    page.trouble.clear()
+
+
 def test_a_link_to_a_network_that_is_gone_says_so(training):
     """And shows the same numbers' face of the default checkpoint; a link to one that is there, that one's."""
     page, _ = training
