@@ -3104,7 +3104,7 @@ class Site:
     def load(self, which: Any = None) -> Model:
         """The checkpoint of a name or an identity; None: the default one. The last eight are held: whoever asks goes on
         with one whose file was replaced."""
-        files: dict[Any, Path] = {None: self.default, **self.checkpoints()}
+        files: dict[Any, Path] = {**self.checkpoints(), None: self.default}
         with self.loading:
             if which not in [*files, *self.held]:  # it may be anything that JSON can say
                 files |= {one["id"]: files[one["name"]] for one in self.listed()}
