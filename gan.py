@@ -50,6 +50,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tarfile
 import threading
@@ -1245,6 +1246,19 @@ def append_log(run: Path, line: dict) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def training_under_way(run: Path, most: float = math.inf) -> dict | None:
+    """How far the training of a run is, as its files tell: epoch, epochs, and seconds_left at the last epoch's pace, at
+    most so many (None: unknown in the first epoch). None where it is over or has been silent for three epochs' time."""
+    with suppress(OSError, ValueError, KeyError):
+        epochs, lines = json.loads((run / "config.json").read_text("utf-8"))["settings"]["epochs"], read_log(run)
+        epoch, pace = (lines[-1]["epoch"], lines[-1]["seconds"]) if lines else (0, 100.0)
+        silent = time.time() - (run / "log.jsonl").stat().st_mtime
+        if epoch < epochs and most > 0 and silent < 60 + 3 * pace:
+            left = min(most, max(0.0, (epochs - epoch) * pace - silent)) if lines else most
+            return {"epoch": epoch, "epochs": epochs, "seconds_left": None if left == math.inf else round(left)}
+    return None
+
+
 def plot_curves(title: str, lines: list[dict]) -> bytes:
     """curves.png: accuracies, losses, share of discriminator updates and the judge's scores over the epochs."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here, and is asked for at the import
@@ -1385,7 +1399,8 @@ class Run:
 
     def resume(self, trainer: Trainer) -> None:
         """Give the networks the state that --checkpoint names, else the newest, and the log its epochs; where there is
-        none, begin the run with grids of real and of untrained faces. UserError where settings or faces do not fit."""
+        none, begin the run with grids of real and of untrained faces, and with the checkpoint of these. UserError where
+        settings or faces do not fit."""
         (self.path / "samples").mkdir(exist_ok=True)
         for folder in (self.path, self.path / "samples"):
             remove_orphans(folder)
@@ -1410,6 +1425,7 @@ class Run:
         if not path:
             write_grid(self.path / "samples" / "real.png", self.faces.images[:100].cpu())
             self.save_grid(trainer, 0)
+            self.save(trainer)
 
     def is_due(self, every: int, epoch: int) -> bool:
         """Whether this epoch is one of every so many, or the last."""
@@ -1807,7 +1823,8 @@ def train_and_record(settings: TrainSettings, faces: TrainingFaces, trainer: Tra
             return say(f"{run.path} has {progress.epoch} epochs already: ask for more with --epochs")
         devices = f"{trainer.ranks.count} × {trainer.device}" if trainer.ranks.count > 1 else trainer.device
         say(f"{settings.model}, {faces.count:,} faces of {faces.size}×{faces.size} pixels, on {devices} "
-            f"({torch.get_num_threads()} CPU threads, {trainer.precision}), seed {settings.seed}")
+            f"({torch.get_num_threads()} CPU threads, {trainer.precision}), seed {settings.seed}; to watch it learn: "
+            f"gan.py eval --run {run.path}")
         monitor, images = Monitor(run, trainer.device), faces.minibatches * faces.batch_size  # in an epoch
         with tqdm(total=settings.epochs * images, initial=progress.images_seen, unit="img", smoothing=0.05,
                   dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
@@ -3085,9 +3102,11 @@ class Model(NamedTuple):
 
 
 class Site:
-    """What the server offers of one run: the page, its checkpoints and what they make. Knows no sockets."""
+    """What the server offers of one run: the page, its checkpoints and what they make. Knows no sockets. By
+    `training_ends`, in time.monotonic's seconds, the run's training is ended."""
 
-    def __init__(self, run: Path, default: str | None, device: torch.device):
+    def __init__(self, run: Path, default: str | None, device: torch.device, training_ends: float = math.inf):
+        self.training_ends = training_ends
         self.run, self.wanted, self.default = run, default, find_checkpoint(run, default)
         self.device, self.loading = device, threading.Lock()
         self.light, self.heavy = threading.Lock(), threading.Lock()  # one of each at a time, as each uses all cores
@@ -3213,6 +3232,7 @@ class Site:
         return revalidated("application/json", json.dumps({
             "run": str(self.run), "model": model.facts["model"], "latent_size": LATENT_SIZE, "image_size": model.size,
             "checkpoints": self.listed(), "default": default,
+            "training": training_under_way(self.run, self.training_ends - time.monotonic()),
             "dataset": read_manifest(Path(model.facts["data"])) is not None}).encode())
 
     def grids(self) -> dict[int, Path]:
@@ -3449,10 +3469,10 @@ class Server(ThreadingHTTPServer):
             print(f"gan.py: connection failed: {one_line(error)}", file=sys.stderr)
 
 
-def serve(settings: EvalSettings) -> int:
+def serve(settings: EvalSettings, training_ends: float = math.inf) -> int:
     """Serve the page of a run until Ctrl-C. Returns the exit code."""
-    run = find_run(settings.run)
-    site = Site(run, settings.checkpoint, torch.device("cpu"))  # one small face: faster than a trip to a GPU
+    cpu = torch.device("cpu")  # one small face: faster than a trip to a GPU
+    site = Site(find_run(settings.run), settings.checkpoint, cpu, training_ends)
     try:
         server = Server(site, settings.host, settings.port)
     except OSError as error:
@@ -3650,16 +3670,29 @@ def command_export(settings: ExportSettings) -> int:
     return 0
 
 
-DEMO_EPOCHS = 12  # of the demo, whose faces are small: three minutes on two cores with bf16
+DEMO_SETTINGS = {"width": 32, "epochs": 24, "save-every": 1}
+DEMO_SECONDS = 240  # a slow machine's training ends then
 
 
 def command_demo(settings: DemoSettings) -> int:
-    """cartoon faces -> a few minutes of training at most -> page"""
-    data, run = str(DEMO_RUN / "data"), str(DEMO_RUN)
-    if not read_manifest(Path(data)):
-        command_prepare(PrepareSettings(demo=True, data=data, size=48))
-    code = train(TrainSettings(data=data, run=run, epochs=DEMO_EPOCHS))
-    return code or serve(EvalSettings(run=run, port=settings.port))
+    """cartoon faces -> a page at once, and under it a few minutes of training"""
+    data, run = DEMO_RUN / "data", DEMO_RUN
+    if not read_manifest(data):
+        command_prepare(PrepareSettings(demo=True, data=str(data), size=48, limit=FEW_FACES))
+    flags = [f"--{name}={value}" for name, value in {**DEMO_SETTINGS, "data": data, "run": run}.items()]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    training = subprocess.Popen([sys.executable, __file__, "train", *flags], start_new_session=True)  # Ctrl-C is ours
+    try:
+        while training.poll() is None and not (run / "last.pt").exists():
+            time.sleep(0.1)
+        clock = threading.Timer(DEMO_SECONDS, training.terminate)
+        clock.daemon = True
+        clock.start()
+        page = EvalSettings(run=str(run), checkpoint="last", port=settings.port)
+        return serve(page, time.monotonic() + DEMO_SECONDS)
+    finally:
+        training.terminate()  # it saves
+        training.wait()
 
 
 COMMANDS: dict[str, tuple[type, Callable, str]] = {

@@ -214,6 +214,33 @@ def test_import_does_nothing(tmp_path):
     assert (done.stdout, done.stderr, list(tmp_path.iterdir())) == ("[] False\n", "", [])
 
 
+def test_demo(tmp_path):
+    """The page stands from the first moment of training, which is another process, and shows what it has learnt; Ctrl-C
+    ends both, saved, and the run stays."""
+    gan.prepare(gan.PrepareSettings(demo=True, data=str(tmp_path / gan.DEMO_RUN / "data"), size=32, limit=400))
+    with subprocess.Popen([sys.executable, str(ROOT / "gan.py"), "demo", "--port", "0"], cwd=tmp_path, text=True,
+                          stdout=subprocess.PIPE) as demo:
+        lines = iter(demo.stdout.readline, "")
+        url = next(found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+/", line)))
+        trainer = int((tmp_path / gan.DEMO_RUN / "train.lock").read_text())
+        assert trainer != demo.pid
+        next(line for line in lines if line.startswith("epoch 1/"))
+
+        def learnt() -> dict:
+            with urlopen(url + "api/model", timeout=60) as answer:
+                return json.load(answer)
+        while not (model := learnt())["checkpoints"][0]["epoch"]:  # the file is there when its writer is done
+            pass
+        assert model["training"]["epochs"] == 24 and 0 < model["training"]["seconds_left"] <= gan.DEMO_SECONDS
+        demo.send_signal(signal.SIGINT)
+        assert "stopped in epoch" in demo.stdout.read()
+    assert demo.returncode == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(trainer, 0)
+    state = gan.read_checkpoint(tmp_path / gan.DEMO_RUN / "last.pt")
+    assert (state["progress"]["epoch"], state["progress"]["minibatch"]) > (1, 0)
+
+
 def test_inline_metadata_lists_the_requirements():
     """`uv run gan.py` installs what requirements.txt does (PEP 723)."""
     source = (ROOT / "gan.py").read_text("utf-8")

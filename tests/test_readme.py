@@ -78,17 +78,16 @@ def ask_once(server: gan.Server) -> None:
 
 @pytest.fixture
 def someones_folder(tmp_path, monkeypatch):
-    """A folder with photos.zip, two photos each of 100 people; datasets and the demo are small there, and a server is
-    asked once."""
+    """A folder with photos.zip, two photos each of 100 people; datasets are small there, and a server is asked once:
+    then the demo's training ends, too."""
     monkeypatch.chdir(tmp_path)
     with zipfile.ZipFile("photos.zip", "w") as archive:
         for index in range(200):
             photo = gan.Image.fromarray(cartoon_face(1, index, 40))
             archive.writestr(f"holiday/person-{index // 2}/{index % 2}.png", gan.png_bytes(photo))
     monkeypatch.setattr(gan.Server, "serve_forever", ask_once)
-    prepare, train = gan.prepare, gan.train  # the demo calls them, and takes no flags
+    prepare = gan.prepare  # the demo calls it, and takes no flags
     monkeypatch.setattr(gan, "prepare", lambda settings: prepare(replace(settings, limit=100)))
-    monkeypatch.setattr(gan, "train", lambda settings: train(replace(settings, width=4, epochs=1, device="cpu")))
     return tmp_path
 
 
