@@ -2687,10 +2687,11 @@ def strongest_directions(generator: nn.Module, count: int = 10, pairs: int = 500
 @torch.no_grad()
 def region_sliders(jac: Tensor, mask: Tensor, count: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     """Directions that change a region most and the rest least: (count, 128) of length 1, best first; and by how many
-    grey levels (RMS) a step of 1 changes the pixels inside and outside of the mask, (S, S) in 0..1.
+    grey levels (RMS) a step of 1 changes the pixels inside and outside of the mask, (S, S) in 0..1. Of one face, or of
+    many whose Jacobians lie one below another.
 
     Generalised eigenvectors of JᵀMJ and Jᵀ(1 − M)J + c (arXiv 2202.09649); c keeps away those that change nothing."""
-    weights = mask.flatten().repeat(3)
+    weights = mask.flatten().repeat(len(jac) // mask.numel())
     part = weights.nonzero()[:, 0]  # a few rows, in the rule
     inside = jac[part].T @ (jac[part] * weights[part, None])
     outside = jac.T @ jac - inside
@@ -2720,7 +2721,7 @@ def find_regions(jac: Tensor, size: int) -> Tensor:
     the left would be all that is found), and of how far it is from where each part lies in most faces."""
     square = jac.T @ jac
     values, vectors = torch.linalg.eigh(square + 0.02 * square.diagonal().mean() * torch.eye(len(square)))
-    answers = (jac @ (vectors * values.rsqrt())).view(3, size, size, -1).mean(0).permute(2, 0, 1)
+    answers = (jac @ (vectors * values.rsqrt())).view(-1, size, size, len(square)).mean(0).permute(2, 0, 1)
     answers = F.avg_pool2d(answers[None], 3, 1, 1)[0]  # edges without teeth
     answers = F.normalize(answers.flatten(1).T, dim=1)
     row, column = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 100] * 2, indexing="ij")
@@ -2843,28 +2844,35 @@ def folded_layers(generator: Generator) -> list[dict]:
             if isinstance(layer, nn.Conv2d):  # of stride 1: transposed, its kernel is turned round
                 padding, weight = kernel - 1 - padding, weight.transpose(0, 1).flip(2, 3)
             layers.append({"op": "convolve", "in": layer.in_channels, "out": layer.out_channels, "kernel": kernel,
-                           "stride": layer.stride[0], "padding": padding, "weight": weight})
+                           "stride": layer.stride[0], "padding": padding, "data": weight})
         elif isinstance(layer, Bias):
             layers.append({"op": "bias", "data": layer.bias})
         elif isinstance(layer, nn.BatchNorm2d):
             scale = batchnorm_scale(layer)
             bias = layers.pop()["data"] if layers[-1]["op"] == "bias" else torch.zeros_like(scale)
-            next(before for before in reversed(layers) if "weight" in before)["weight"] *= scale
+            next(before for before in reversed(layers) if before["op"] == "convolve")["data"] *= scale
             layers.append({"op": "bias", "data": layer(bias[None])[0]})
         else:
             layers.append({"op": {Blur: "blur", nn.ReLU: "relu", nn.Tanh: "tanh"}[type(layer)]})
     return layers
 
 
-def network_json(generator: Generator, facts: dict, directions: list[dict]) -> str:
-    """The generator as JSON for the page: weights in float16, biases in float32, both base64, little-endian, in the
-    order in which the page reads them: (kernel, kernel, in, out), and channels last."""
+def network_json(generator: Generator, facts: dict) -> str:
+    """The generator as JSON for the page, with its strongest directions, average face and parts. Arrays are
+    float16 in base64, little-endian, channels last; weights in the order in which the page reads them: (kernel, kernel,
+    out / 8, in, 8), with zeros behind the last output."""
     def packed(array: Tensor) -> str:
-        order, kind = ((2, 3, 0, 1), "<f2") if array.dim() == 4 else ((1, 2, 0), "<f4")
-        return base64.b64encode(array.permute(order).numpy().astype(kind).tobytes()).decode()
-    return json.dumps({"format": 1, "model": facts["model"], "epoch": facts["epoch"], "image_size": facts["image_size"],
-                       "latent_size": LATENT_SIZE, "directions": directions, "layers": folded_layers(generator)},
-                      default=packed)
+        if array.dim() == 4:
+            array = F.pad(array, (0, 0, 0, 0, 0, -array.shape[1] % 8)).unflatten(1, (-1, 8)).permute(3, 4, 1, 0, 2)
+        else:
+            array = array.permute(1, 2, 0)
+        return base64.b64encode(array.numpy().astype("<f2").tobytes()).decode()
+    z = sample_latents(8, seed=0)  # to whom the sliders of parts are fitted
+    parts = describe_parts(torch.cat([jacobian(generator, one) for one in z]), generator(z).mean(0))
+    return json.dumps({"format": 2, "model": facts["model"], "epoch": facts["epoch"], "image_size": facts["image_size"],
+                       "latent_size": LATENT_SIZE, "directions": describe_directions(*strongest_directions(generator)),
+                       "average": tidy(average_latent(generator)), **parts, "layers": folded_layers(generator)},
+                      default=packed, separators=(",", ":"))
 
 
 def read_page() -> tuple[str, str]:
@@ -2877,11 +2885,12 @@ def read_page() -> tuple[str, str]:
     return page, policy
 
 
-def export_page(generator: Generator, facts: dict, directions: list[dict]) -> bytes:
+def export_page(generator: Generator, facts: dict) -> bytes:
     """The page with the generator inside: a file that makes faces in any browser, without a server or a network."""
     page, policy = read_page()
+    policy = policy.replace("script-src", "script-src 'wasm-unsafe-eval'")
     meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}; worker-src blob:">\n'
-    data = f'<script type="application/json" id="network">{network_json(generator, facts, directions)}</script>\n'
+    data = f'<script type="application/json" id="network">{network_json(generator, facts)}</script>\n'
     page = page.replace('<meta charset="utf-8">', '<meta charset="utf-8">\n' + meta, 1)
     return page.replace("<script>", data + "<script>", 1).encode()
 
@@ -2896,7 +2905,7 @@ def export_onnx(generator: Generator, facts: dict) -> bytes:
     nodes, arrays = [helper.make_node("Reshape", ["z", "shape"], ["x0"])], {"shape": np.array([-1, LATENT_SIZE, 1, 1])}
     kinds = {"convolve": "ConvTranspose", "blur": "Conv", "bias": "Add", "relu": "Relu", "tanh": "Tanh"}
     for i, layer in enumerate(folded_layers(generator)):
-        array, sizes = layer.get("weight", layer.get("data")), dict[str, Any]()
+        array, sizes = layer.get("data"), dict[str, Any]()
         if layer["op"] == "convolve":
             sizes = {"strides": [layer["stride"]] * 2, "pads": [layer["padding"]] * 4}
             channels = layer["out"]
@@ -2916,7 +2925,7 @@ def export_onnx(generator: Generator, facts: dict) -> bytes:
 
 def tidy(vector: Tensor) -> list[float]:
     """A vector as plain numbers, short enough to send."""
-    return [round(number, 5) for number in vector.tolist()]
+    return [round(number, 4) for number in vector.tolist()]
 
 
 def describe_directions(vectors: Tensor, strengths: Tensor) -> list[dict]:
@@ -2935,8 +2944,20 @@ def describe_sliders(jac: Tensor, face: Tensor, mask: Tensor) -> list[dict]:
             reach = min(8.0, max(2.0, 45 / max(inside.item(), 0.01)))
             found.append({"vector": tidy(vector), "inside": round(inside.item(), 3),
                           "outside": round(outside.item(), 3), "reach": round(reach, 1),
-                          "words": name_change((jac @ vector).view_as(face), face, mask)})
+                          "words": name_change((jac @ vector).view(-1, *face.shape).mean(0), face, mask)})
     return found
+
+
+def describe_parts(jac: Tensor, face: Tensor) -> dict:
+    """The parts of a face (3, S, S) as plain types: a map with a number for each pixel, and each part's name, numbers
+    there and sliders; both eyes are a part, too."""
+    found, names = find_regions(jac, face.shape[1]), [*PARTS]
+    parts = {"eyes": [names.index("left eye"), names.index("right eye")]} | {
+        name: [number] for number, name in enumerate(names)}
+    return {"map": found.flatten().tolist(), "regions": [
+        {"name": name, "numbers": numbers,
+         "sliders": describe_sliders(jac, face, torch.isin(found, torch.tensor(numbers)).float())}
+        for name, numbers in parts.items()]}
 
 
 # ================================================================================================
@@ -3294,15 +3315,7 @@ class Site:
 
     @Route("/api/regions", "POST", heavy=True, values=parse_vector)
     def regions(self, model: Model, values: Tensor) -> dict:
-        """The face's parts, and each one's name, numbers in the map and sliders; both eyes are a part, too."""
-        linear = self.linear(model.generator, tuple(values.tolist()))
-        found, names = find_regions(linear[0], model.size), [*PARTS]
-        parts = {"eyes": [names.index("left eye"), names.index("right eye")]} | {
-            name: [number] for number, name in enumerate(names)}
-        return {"map": found.flatten().tolist(), "regions": [
-            {"name": name, "numbers": numbers,
-             "sliders": describe_sliders(*linear, torch.isin(found, torch.tensor(numbers)).float())}
-            for name, numbers in parts.items()]}
+        return describe_parts(*self.linear(model.generator, tuple(values.tolist())))
 
     @Route("/api/region", "POST", heavy=True, values=parse_vector, mask=parse_mask)
     def region(self, model: Model, values: Tensor, mask: Tensor) -> dict:
@@ -3661,10 +3674,7 @@ def command_export(settings: ExportSettings) -> int:
         raise UserError(f"{file} ends neither in .html nor in .onnx: choose one")
     path = find_checkpoint(run, settings.checkpoint)
     generator, facts = load_generator(path, torch.device("cpu"))
-    if file.suffix == ".onnx":
-        written = export_onnx(generator, facts)
-    else:
-        written = export_page(generator, facts, describe_directions(*strongest_directions(generator)))
+    written = (export_onnx if file.suffix == ".onnx" else export_page)(generator, facts)
     atomic_write(file, written)
     say(f"{path} (epoch {facts['epoch']}) in {file}, {len(written) / 1e6:.1f} MB")
     return 0

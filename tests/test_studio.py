@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -398,8 +399,9 @@ def evaluate(layers: list[dict], z: np.ndarray) -> np.ndarray:
         side = len(x)
         if layer["op"] == "convolve":
             kernel, stride, padding = layer["kernel"], layer["stride"], layer["padding"]
-            weight = np.frombuffer(base64.b64decode(layer["weight"]), "<f2").astype(np.float32)
-            weight = weight.reshape(kernel, kernel, layer["in"], layer["out"])
+            weight = np.frombuffer(base64.b64decode(layer["data"]), "<f2").astype(np.float32)
+            weight = weight.reshape(kernel, kernel, -1, layer["in"], 8).swapaxes(2, 3)
+            weight = weight.reshape(kernel, kernel, layer["in"], -1)[..., :layer["out"]]
             full = np.zeros(2 * [(side - 1) * stride + kernel] + [layer["out"]], np.float32)
             for row in range(side):
                 for column in range(side):
@@ -410,15 +412,50 @@ def evaluate(layers: list[dict], z: np.ndarray) -> np.ndarray:
             x = sum(across * down / 16 * padded[row:row + side, column:column + side]
                     for row, down in enumerate((1, 2, 1)) for column, across in enumerate((1, 2, 1)))
         elif layer["op"] == "bias":
-            bias = np.frombuffer(base64.b64decode(layer["data"]), "<f4")
+            bias = np.frombuffer(base64.b64decode(layer["data"]), "<f2").astype(np.float32)
             x = x + bias.reshape(x.shape if len(bias) == x.size else (-1,))
         else:
             x = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh}[layer["op"]](x)
     return np.clip(np.round((x + 1) * 127.5), 0, 255)
 
 
+def kernel() -> bytes:
+    """The WebAssembly module of the exported page, from its instructions. For each input in turn, four numbers of A and
+    eight weights of B are multiplied and added up in eight registers; at the end these are stored."""
+    get, set_, a, b, end, to, sums, weights, number = 0x20, 0x21, 0, 1, 2, 3, 4, 12, 14  # locals; v128 from `sums` on
+
+    def sized(content: list[int]) -> list[int]:
+        return [len(content) & 127 | 128, len(content) >> 7, *content]  # LEB128
+
+    def name(text: str) -> list[int]:
+        return [len(text), *text.encode()]
+    code = [1, 11, 0x7B, 0x03, 0x40]  # eleven locals of type v128; loop
+    for half in range(2):
+        code += [get, b, 0xFD, 0x00, 0, 16 * half, set_, weights + half]  # v128.load
+    for row in range(4):
+        code += [get, a, 0xFD, 0x09, 0, 4 * row, set_, number]  # v128.load32_splat
+        for half in range(2):
+            code += [get, sums + 2 * row + half, get, number, get, weights + half, 0xFD, 0xE6, 1, 0xFD, 0xE4, 1,
+                     set_, sums + 2 * row + half]  # f32x4.mul, f32x4.add
+    code += [get, a, 0x41, 16, 0x6A, set_, a, get, b, 0x41, 32, 0x6A, set_, b]  # a += 16, b += 32
+    code += [get, b, get, end, 0x49, 0x0D, 0, 0x0B]  # i32.lt_u, br_if the loop, end
+    for register in range(8):
+        code += [get, to, get, sums + register, 0xFD, 0x0B, 0, 16 * register]  # v128.store
+    return bytes([0, *b"asm", 1, 0, 0, 0, 1, *sized([1, 0x60, 4, *[0x7F] * 4, 0]),  # a type: four i32, nothing returned
+                  2, *sized([1, *name("m"), *name("memory"), 2, 0, 1]), 3, *sized([1, 0]),
+                  7, *sized([1, *name("tile"), 0, 0]), 10, *sized([1, *sized([*code, 0x0B])])])
+
+
+def test_the_exported_pages_kernel_is_its_source():
+    """The one that it multiplies matrices with."""
+    page = (gan.Path(gan.__file__).parent / "gan_eval.html").read_text("utf-8")
+    held = "".join(re.findall(r"'([\w+/=]*)'", page.partition("const wasm = ")[2].partition(";")[0]))
+    assert base64.b64decode(held) == kernel()
+
+
 def test_the_exported_page_makes_the_same_faces(run, tmp_path):
-    """Its network, computed without torch, within 3 of 255; its policy lets in its own script and style and no network."""
+    """Its network, computed without torch, within 3 of 255, and sliders of the parts, which change each more than the rest
+    of a face that they were not fitted to; its policy lets in its own script and style and no network."""
     done = run_gan("export", tmp_path / "faces.html", "--run", run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "faces.html").read_text("utf-8")
@@ -428,6 +465,15 @@ def test_the_exported_page_makes_the_same_faces(run, tmp_path):
     for z in gan.sample_latents(3, seed=5):
         expected = gan.to_image(generator(z[None]))[0].permute(1, 2, 0).numpy().astype(int)
         assert abs(evaluate(network["layers"], z.numpy()) - expected).max() <= 3
+    z, parts = gan.sample_latents(1, seed=9)[0], np.array(network["map"]).reshape(32, 32)
+    moved, beside = np.zeros(2), np.zeros(2)
+    for part in network["regions"]:
+        inside = torch.from_numpy(np.isin(parts, part["numbers"]))
+        step = torch.tensor(part["sliders"][0]["vector"])
+        change = (generator((z + step)[None]) - generator((z - step)[None]))[0].square().mean(0)
+        moved += change[inside].sum().item(), inside.sum().item()
+        beside += change[~inside].sum().item(), (~inside).sum().item()
+    assert moved[0] / moved[1] > 2 * beside[0] / beside[1]
     policy = page.partition('http-equiv="Content-Security-Policy" content="')[2].partition('"')[0]
     assert policy.startswith("default-src 'none'") and "worker-src blob:" in policy and "connect" not in policy
     original = (gan.Path(gan.__file__).parent / "gan_eval.html").read_text("utf-8")
