@@ -68,7 +68,7 @@ from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
-from itertools import islice, pairwise
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from socketserver import TCPServer
 from typing import Any, BinaryIO, NamedTuple, SupportsFloat, TypeVar
@@ -2632,32 +2632,20 @@ GREY_LEVELS = 127.5  # of a picture's 255 in a change of 1 of a face
 KEEP_REST = 0.25  # weight of the pixels that are not painted over
 
 
-def batchnorm_scale(layer: nn.BatchNorm2d) -> Tensor:
-    """What BatchNorm in evaluation mode multiplies by, (C, 1, 1)."""
-    assert layer.running_var is not None
-    return (layer.weight * (layer.running_var + layer.eps).rsqrt())[:, None, None]
-
-
 @torch.no_grad()
 def jacobian(generator: Generator, z: Tensor) -> Tensor:
     """The derivative of a face's numbers by those of its latent vector z (128,): (3·S·S, 128).
 
-    Forward-mode differentiation by hand, in half the time that torch's takes: convolutions and filters are linear and
-    what else there is multiplies by a slope. In bf16 where that is native: half the time and 2.5 % of error, which no
-    direction shows."""
+    Forward-mode differentiation by hand, in six tenths of the time that torch's takes: convolutions and filters are
+    linear, and what else there is acts on each number alone and so multiplies by a slope. In bf16 where that is native:
+    half the time and 2.5 % of error, which no direction shows."""
     dtype = torch.bfloat16 if pick_precision("auto", z.device) == "bf16" else torch.float32
     layers: list[Any] = [*copy.deepcopy(generator).eval().to(dtype).layers]
     x, steps, columns = layers[0](z.to(dtype)[None, :, None, None]), list[Any](), []
-    for layer in layers[1:]:
-        x = layer(x)
-        if isinstance(layer, nn.BatchNorm2d):
-            scale = batchnorm_scale(layer)
-        elif isinstance(layer, nn.ReLU):
-            steps.append((x > 0) * scale)
-        elif isinstance(layer, nn.Tanh):
-            steps.append(1 - x.square())
-        elif not isinstance(layer, Bias):
-            steps.append(layer)
+    for linear, group in groupby(layers[1:], lambda layer: isinstance(layer, nn.ConvTranspose2d | nn.Conv2d | Blur)):
+        part = nn.Sequential(*group)
+        x, step = (part(x), part) if linear else torch.autograd.functional.vjp(part, x, torch.ones_like(x))
+        steps.append(step)
     for unit_vectors in layers[0].weight.split(32):  # what the first layer makes of them
         change = unit_vectors
         for step in steps:
@@ -2848,7 +2836,8 @@ def folded_layers(generator: Generator) -> list[dict]:
         elif isinstance(layer, Bias):
             layers.append({"op": "bias", "data": layer.bias})
         elif isinstance(layer, nn.BatchNorm2d):
-            scale = batchnorm_scale(layer)
+            assert layer.running_var is not None
+            scale = (layer.weight / torch.sqrt(layer.running_var + layer.eps))[:, None, None]
             bias = layers.pop()["data"] if layers[-1]["op"] == "bias" else torch.zeros_like(scale)
             next(before for before in reversed(layers) if before["op"] == "convolve")["data"] *= scale
             layers.append({"op": "bias", "data": layer(bias[None])[0]})
