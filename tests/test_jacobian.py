@@ -186,6 +186,17 @@ def test_one_step_solves_a_linear_fit(monkeypatch):
     assert not torch.allclose(gan.fit_step(Linear(matrix), found, matrix, target, 1.1 - weights), expected, atol=0.1)
 
 
+def test_the_second_step_knows_what_the_first_one_did(monkeypatch):
+    """With a Jacobian of a third of the size the best damping leaves a quarter of the way, and would leave a quarter of
+    that; the second step, whose Jacobian is right along the first, arrives."""
+    monkeypatch.setattr(gan, "PRIOR", 0.0)
+    matrix, z = torch.linalg.qr(noise(PIXELS, 128))[0], noise(128, seed=2)
+    target = (matrix @ noise(128, seed=3)).view(3, SIZE, SIZE)
+    before, after = (gan.distances_to(target, Linear(matrix)(one[None]), torch.ones(SIZE, SIZE)).item() for one in
+                     (z, gan.fit_step(Linear(matrix), z, matrix / 3, target, torch.ones(SIZE, SIZE))))
+    assert after < 0.02 * before
+
+
 def test_a_fit_keeps_to_the_length_that_training_saw():
     """Where no pixel has a say, a vector goes to a length of sqrt(128) and keeps its direction."""
     z = noise(128) * 0.3

@@ -372,3 +372,22 @@ def test_the_demos_run_never_takes_the_place_of_ones_own(tmp_path, monkeypatch):
     for name in ("dcgan", "wgan-gp"):
         gan.shutil.rmtree(tmp_path / "runs" / name)
     assert gan.find_run(None) == gan.DEMO_RUN
+
+
+def test_what_is_told_of_a_run_that_is_trained(tmp_path):
+    """Its epoch, how many there will be, and the time left at the last one's pace, or until it is ended; nothing of one
+    that is over, was ended, has been silent for long, or is none."""
+    def told(*seconds: float, silent: float = 0.0, **more):
+        lines = [json.dumps({"epoch": epoch, "seconds": one}) + "\n" for epoch, one in enumerate(seconds, 1)]
+        (tmp_path / "log.jsonl").write_text("".join(lines))
+        now = (tmp_path / "log.jsonl").stat().st_mtime
+        os.utime(tmp_path / "log.jsonl", (now - silent, now - silent))
+        return gan.training_under_way(tmp_path, **more)
+    assert told(5) is None
+    (tmp_path / "config.json").write_text('{"settings": {"epochs": 4}}')
+    assert told() == {"epoch": 0, "epochs": 4, "seconds_left": None}
+    assert told(most=200) == {"epoch": 0, "epochs": 4, "seconds_left": 200}
+    left = told(900, 1000, silent=500)
+    assert (left["epoch"], left["epochs"]) == (2, 4) and 1400 < left["seconds_left"] <= 1500
+    assert told(900, 1000, most=60)["seconds_left"] == 60
+    assert [told(5, 5, 5, 5), told(5, 5, most=-1), told(5, 5, silent=100)] == [None] * 3
