@@ -2727,18 +2727,21 @@ WORDS = [("darker", "brighter"), ("cooler", "warmer"), ("left", "right"), ("high
          ("shorter", "longer"), ("fainter", "stronger")]
 
 
-def name_change(change: Tensor, face: Tensor, mask: Tensor) -> list[str]:
-    """What a change (3, S, S) of a face does to a part of it, (S, S) in 0..1, in a word for either end: that which it
-    correlates with most, among what would brighten, warm, shift, stretch and strengthen the picture. [] where none is
-    near."""
+def name_changes(changes: Tensor, face: Tensor, mask: Tensor) -> list[list[str]]:
+    """What changes (N, 3, S, S) of a face do to a part of it, (S, S) in 0..1, in a word for either end of each: that
+    which it correlates with most, among what would brighten, warm, shift, stretch and strengthen the picture. [] where
+    none is near."""
     row, column = torch.meshgrid(*[torch.arange(len(mask)) + 0.0] * 2, indexing="ij")
     down, right = torch.gradient(face, dim=(1, 2))
     middle, top, left = (((part * mask).sum((-2, -1), keepdim=True) / mask.sum()) for part in (face, row, column))
     ways = torch.stack([torch.ones_like(face), torch.tensor([1.0, 0, -1])[:, None, None].expand_as(face), -right, -down,
                         (left - column) * right, (top - row) * down, face - middle]) * mask
-    alike = F.cosine_similarity(ways.flatten(1), (change * mask).flatten(), dim=1)
-    best = int(alike.abs().argmax())
-    return [] if alike[best].abs() < 0.4 else [*WORDS[best][::1 if alike[best] > 0 else -1]]
+    ways, changes = (F.normalize(one.flatten(1), dim=1) for one in (ways, changes * mask))
+    names = []
+    for alike in changes @ ways.T:
+        best = int(alike.abs().argmax())
+        names.append([] if alike[best].abs() < 0.4 else [*WORDS[best][::1 if alike[best] > 0 else -1]])
+    return names
 
 
 def face_weights(size: int) -> Tensor:
@@ -2927,13 +2930,13 @@ def describe_sliders(jac: Tensor, face: Tensor, mask: Tensor) -> list[dict]:
     """The three to five sliders of a part of a face (3, S, S) as plain types: those whose mean square change of it is
     three times that of the rest, as far as there are. `reach`: the step that would change it by 45 grey levels, from 2
     to 8; `words`: what its ends do, where that can be told."""
-    found: list[dict] = []
-    for vector, inside, outside in zip(*region_sliders(jac, mask)):
+    found, sliders = list[dict](), region_sliders(jac, mask)
+    changes = (jac @ sliders[0].T).view(-1, *face.shape, len(sliders[0])).mean(0).movedim(-1, 0)
+    for vector, inside, outside, words in zip(*sliders, name_changes(changes, face, mask)):
         if len(found) < 3 or inside ** 2 >= 3 * outside ** 2:
             reach = min(8.0, max(2.0, 45 / max(inside.item(), 0.01)))
             found.append({"vector": tidy(vector), "inside": round(inside.item(), 3),
-                          "outside": round(outside.item(), 3), "reach": round(reach, 1),
-                          "words": name_change((jac @ vector).view(-1, *face.shape).mean(0), face, mask)})
+                          "outside": round(outside.item(), 3), "reach": round(reach, 1), "words": words})
     return found
 
 
