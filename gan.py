@@ -2709,7 +2709,7 @@ def find_regions(jac: Tensor, size: int) -> Tensor:
     the left would be all that is found), and of how far it is from where each part lies in most faces."""
     square = jac.T @ jac
     values, vectors = torch.linalg.eigh(square + 0.02 * square.diagonal().mean() * torch.eye(len(square)))
-    answers = (jac @ (vectors * values.rsqrt())).view(-1, size, size, len(square)).mean(0).permute(2, 0, 1)
+    answers = (jac @ (vectors * values.rsqrt())).view(3, size, size, -1).mean(0).permute(2, 0, 1)
     answers = F.avg_pool2d(answers[None], 3, 1, 1)[0]  # edges without teeth
     answers = F.normalize(answers.flatten(1).T, dim=1)
     row, column = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 100] * 2, indexing="ij")
@@ -2859,11 +2859,12 @@ def network_json(generator: Generator, facts: dict) -> str:
         else:
             array = array.permute(1, 2, 0)
         return base64.b64encode(array.numpy().astype("<f2").tobytes()).decode()
-    z = sample_latents(8, seed=0)  # to whom the sliders of parts are fitted
+    average = average_latent(generator)
+    z = torch.cat([average[None], sample_latents(7, seed=0)])  # parts of the first one, sliders that suit all
     parts = describe_parts(torch.cat([jacobian(generator, one) for one in z]), generator(z).mean(0))
     return json.dumps({"format": 2, "model": facts["model"], "epoch": facts["epoch"], "image_size": facts["image_size"],
                        "latent_size": LATENT_SIZE, "directions": describe_directions(*strongest_directions(generator)),
-                       "average": tidy(average_latent(generator)), **parts, "layers": folded_layers(generator)},
+                       "average": tidy(average), **parts, "layers": folded_layers(generator)},
                       default=packed, separators=(",", ":"))
 
 
@@ -2942,8 +2943,8 @@ def describe_sliders(jac: Tensor, face: Tensor, mask: Tensor) -> list[dict]:
 
 def describe_parts(jac: Tensor, face: Tensor) -> dict:
     """The parts of a face (3, S, S) as plain types: a map with a number for each pixel, and each part's name, numbers
-    there and sliders; both eyes are a part, too."""
-    found, names = find_regions(jac, face.shape[1]), [*PARTS]
+    there and sliders; both eyes are a part, too. Of many, whose Jacobians lie one below another, the first one's."""
+    found, names = find_regions(jac[:face.numel()], face.shape[1]), [*PARTS]
     parts = {"eyes": [names.index("left eye"), names.index("right eye")]} | {
         name: [number] for number, name in enumerate(names)}
     return {"map": found.flatten().tolist(), "regions": [
