@@ -844,6 +844,18 @@ def test_is_it_a_copy(page):
     assert "nearest training face is" in page.locator("#verdict").text_content()
 
 
+def test_a_run_that_is_trained_says_how_far_it_is(page, server, monkeypatch):
+    """Epoch, epochs and the time left, as /api/model tells; nothing once it is over."""
+    told = {"epoch": 3, "epochs": 12, "seconds_left": 110}
+    monkeypatch.setattr(gan, "training_under_way", lambda run, most: told)
+    page.get_by_text("it learns: epoch 3 of 12, 2 minutes left").wait_for()
+    told |= {"epoch": 4, "seconds_left": None}
+    page.get_by_text("it learns: epoch 4 of 12", exact=False).wait_for()
+    assert "left" not in page.locator("#model").text_content()
+    monkeypatch.setattr(gan, "training_under_way", lambda run, most: None)
+    page.locator("#model").get_by_text("it learns").wait_for(state="detached")
+
+
 # ---- the exported file ----
 
 def test_exported_page(browser, run, tmp_path):
