@@ -713,15 +713,17 @@ class Trainer:
         for mean, value in values:  # the one that is no float is BatchNorm's counter
             mean.lerp_(value, 1 - 0.5 ** half_lives) if mean.is_floating_point() else mean.copy_(value)
 
-    def finish_epoch(self) -> dict:
-        """Begin the next epoch. Returns what the log says of this one: means over its minibatches, of which `seconds`
-        alone depends on the clock. NotFinite where a number is not.
-
-        The averaged generator gets the BatchNorm statistics of its own activations: the mean of those that past weights
-        had is not theirs, and costs fine detail (arXiv 1803.05407)."""
-        self.check_finite()
+    def take_statistics(self) -> None:
+        """Give the averaged generator the BatchNorm statistics of its own activations: the mean of those that past
+        weights had is not theirs, and costs fine detail (arXiv 1803.05407)."""
         with self.autocast():
             update_bn(self.statistics_z.split(50), self.averaged)
+
+    def finish_epoch(self) -> dict:
+        """Begin the next epoch. Returns what the log says of this one: means over its minibatches, of which `seconds`
+        alone depends on the clock. NotFinite where a number is not."""
+        self.check_finite()
+        self.take_statistics()
         means = dict(zip(COLUMNS, torch.stack(self.rows).double().nanmean(0).tolist()))
         seconds, self.rows, progress = self.progress.seconds, [], self.progress
         progress.epoch, progress.minibatch, progress.seconds = progress.epoch + 1, 0, 0.0
@@ -1424,6 +1426,7 @@ class Run:
         atomic_write(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
         if not path:
             write_grid(self.path / "samples" / "real.png", self.faces.images[:100].cpu())
+            trainer.take_statistics()
             self.save_grid(trainer, 0)
             self.save(trainer)
 
