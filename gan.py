@@ -3237,7 +3237,7 @@ class Site:
         except UserError as error:
             raise BadRequest(404, f"the training faces are not there: {one_line(error)}") from None
 
-    @Route("/api/best", "POST", vectors=parse_vectors(2, 8))
+    @Route("/api/best", "POST", heavy=True, vectors=parse_vectors(2, 8))
     def best(self, model: Model, vectors: Tensor) -> dict:
         """Which of some faces is the most realistic, by its place: `generate --best-of` for the page."""
         return {"best": self.known(model).realism(sample_images(model.generator, vectors)).argmax().item()}

@@ -983,6 +983,18 @@ def test_a_stroke_ends_once(page, last):
     await_shown(page, BASE)
 
 
+def test_a_new_face_is_the_better_of_two(page):
+    """The one that the server chose of the two it was asked about, at once; the next two are asked about by then."""
+    with page.expect_response("**/api/best") as answered:
+        page.reload()
+    page.locator("#numbers summary").click()
+    two, best = json.loads(answered.value.request.post_data)["vectors"], answered.value.json()["best"]
+    page.wait_for_function("next")
+    with page.expect_response("**/api/best"):
+        page.locator("#random").click()
+        assert sliders(page) == two[best]
+
+
 def test_a_search_that_is_interrupted_says_so(page, server):
     """The face that the person made stays; the search's steps are one of undo, and its photo goes with them."""
     page.route("**/api/photo?*", lambda route: route.fulfill(json=photo_answer(server, "0,0,300,300")))
