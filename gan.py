@@ -656,7 +656,7 @@ class Trainer:
                            if turn != "averaged"}
         self.rng = random_stream("latent vectors", settings.seed, device)
         self.statistics_z = sample_latents(STATISTICS_FACES, settings.seed + 2).to(device)
-        self.precision = pick_precision(settings.precision, device)
+        self.precision, self.may_choose = pick_precision(settings.precision, device), settings.precision == "auto"
         self.autocast = autocast(device, self.precision)
         self.rows: list[Tensor] = []  # COLUMNS of each minibatch of the unfinished epoch
 
@@ -751,8 +751,9 @@ class Trainer:
         return on_cpu({
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "random": self.rng.get_state(), "device": self.device.type, "progress": asdict(self.progress),
-            "stats": self.rows, "discriminator_left": self.balance.discriminator_left})
+            "random": self.rng.get_state(), "device": self.device.type, "precision": self.precision,
+            "progress": asdict(self.progress), "stats": self.rows,
+            "discriminator_left": self.balance.discriminator_left})
 
     def load_networks(self, state: dict) -> None:
         """Take over the networks of a checkpoint, and nothing else."""
@@ -771,6 +772,9 @@ class Trainer:
             self.balance.discriminator_left = state["discriminator_left"]
         if state["device"] == self.device.type:
             self.rng.set_state(state["random"])
+            if self.may_choose:  # `auto` is what it was where the run began; older checkpoints do not tell
+                self.precision = state.get("precision", self.precision)
+                self.autocast = autocast(self.device, self.precision)
         else:  # the generators of devices differ: go on with new numbers, the same at each such change
             self.rng.manual_seed(self.rng.initial_seed() + self.progress.images_seen)
 

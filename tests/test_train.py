@@ -128,6 +128,26 @@ def test_bf16_where_the_processor_has_it(monkeypatch, flags, expected):
     assert pick("auto", CPU) == "fp32"
 
 
+def test_auto_stays_what_it_was_where_the_run_began(monkeypatch):
+    """Gone on with on a processor that would choose otherwise, a run is as one that never left; what is asked for by
+    name counts, and a checkpoint that tells nothing changes nothing."""
+    def trainer(machine: str, **changes) -> gan.Trainer:
+        monkeypatch.setattr(gan, "pick_precision", lambda name, _: machine if name == "auto" else name)
+        return gan.Trainer(settings("", "", **changes), 32, CPU)
+    real = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    began = trainer("bf16")
+    began.train_minibatch(real)
+    checkpoint = {**began.state(), "settings": {"balance": "accuracy"}}
+    moved, named, older = trainer("fp32"), trainer("fp32", precision="fp32"), trainer("fp32")
+    for other in (moved, named):
+        other.load_state(copy.deepcopy(checkpoint))
+    older.load_state({key: value for key, value in checkpoint.items() if key != "precision"})
+    assert [other.precision for other in (moved, named, older)] == ["bf16", "fp32", "fp32"]
+    for other in (began, moved, named):
+        other.train_minibatch(real)
+    assert same(moved.state(), began.state()) and not same(named.state()["networks"], began.state()["networks"])
+
+
 @pytest.mark.parametrize(("quota", "expected"), [
     ("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("oops", 8)])
 def test_cores_are_those_a_container_grants(monkeypatch, quota, expected):
