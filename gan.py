@@ -288,14 +288,15 @@ class DetailBoost(nn.Module):
     Networks learn last what has little amplitude (arXiv 2111.02447): the finest octave has a twentieth of the coarse
     ones'. To bound a critic's slope in boosted faces is to choose another norm (arXiv 1806.06621)."""
     kernel: Tensor
-    gain: Tensor
+    gain = 0.0  # on the host: where it is 0 nothing is computed, and no device waited for
 
     def __init__(self):
         super().__init__()
         self.register_buffer("kernel", binomial_kernel(1, 4, 6, 4, 1), persistent=False)
-        self.register_buffer("gain", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gain == 0:
+            return x
         a = low_pass(x, self.kernel)
         return x + self.gain * (3 * x - 2 * a - low_pass(a, self.kernel, spacing=2))
 
@@ -666,7 +667,7 @@ class Trainer:
         # All ranks draw the random numbers of all, so that any number of them goes on with a run in the same way.
         z = torch.randn(faces, LATENT_SIZE, generator=self.rng, device=self.device)[self.ranks.part]
         # Fine detail is learnt last; for a while the discriminator is shown more of it.
-        self.discriminator.detail.gain.fill_(objective.detail_gain(self.progress.images_seen))
+        self.discriminator.detail.gain = objective.detail_gain(self.progress.images_seen)
         with self.autocast():
             # One forward pass measures and trains; where it is the discriminator's turn anyway, G needs no graph.
             with torch.set_grad_enabled(not self.balance.decided):

@@ -76,7 +76,7 @@ def test_fine_detail_is_raised():
     board = torch.tensor([[1.0, -1], [-1, 1]], dtype=torch.double).repeat(side // 2, side // 2)
     x = torch.stack([torch.full_like(board, 0.3), board, wave])[None]
     assert torch.equal(detail(x), x)
-    detail.gain.fill_(1)
+    detail.gain = 1.0
     constant, fine, waves = detail(x)[0]
     a = math.cos(math.pi / 10) ** 4
     b = a * math.cos(2 * math.pi / 10) ** 4
@@ -119,7 +119,7 @@ def test_the_input_gradient_is_autograds():
     critic = gan.Discriminator(40, 4, gan.InstanceNorm).double()
     for weight in critic.parameters():
         torch.nn.init.normal_(weight, 0.1, 0.5)
-    critic.detail.gain.fill_(0.5)
+    critic.detail.gain = 0.5
     faces = torch.randn(3, 3, 40, 40, dtype=torch.double)
     raised = critic.detail(faces).requires_grad_()
     expected, = torch.autograd.grad(critic.layers(raised).sum(), raised, create_graph=True)
