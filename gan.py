@@ -1277,7 +1277,7 @@ def plot_curves(title: str, lines: list[dict]) -> bytes:
         ("share of discriminator updates", ["discriminator_share"], share),
         ("distance over real faces'", ["distance"], {"yscale": "log"}),
         ("share", ["precision", "recall", "coverage"], share),
-        ("similarity, memory", ["ms_ssim", "ms_ssim_real", "memory"], {})]
+        ("over real faces'", ["variety", "memory"], {})]
     rows = [line | line.get("scores", {}) for line in lines]
     contents = contents[:6 if any("scores" in row for row in rows) else 3]
     figure = Figure(figsize=(9, 2.8 * len(contents)), layout="constrained")
@@ -1488,105 +1488,52 @@ class Run:
 # Judge: how near generated faces are to real ones; it needs no download and nobody else's network
 # ================================================================================================
 
-JUDGED_FACES = 1000  # real and generated ones at most; always as many of both
-JUDGE_BATCH = 200  # images at a time, which bounds memory and changes no figure
-LEAST_JUDGED = 100  # fewer would say nothing
-FEATURES = 64
+JUDGED_FACES = 1000  # real ones and generated ones at most
+JUDGE_BATCH = 20  # images at a time: what is seen of more would not stay in the caches; it changes no figure
+LEAST_JUDGED = 20  # held-out faces; fewer would say nothing
+FEATURES = 256
 NEIGHBOURS = 5  # the k of precision, recall and coverage
-SCORES = ("distance", "frechet", "precision", "recall", "coverage", "ms_ssim", "ms_ssim_real", "memory")
+SCORES = ("distance", "spread", "precision", "recall", "coverage", "variety", "memory")
 
 
-def random_filters(name: str, *shapes: tuple[int, int], device: torch.device) -> list[Tensor]:
-    """The same filters for the same name, one layer a shape (count, side), for RGB images or for the layer before: mean
-    0 and norm 1. They tell shapes and textures apart without training (Saxe et al., On random weights and unsupervised
-    feature learning, 2011)."""
-    rng, found, channels = random_stream(name, 0), [], 3
-    for count, side in shapes:
-        filters = torch.randn(count, channels, side, side, generator=rng)
-        filters -= filters.mean((1, 2, 3), keepdim=True)
-        found.append((filters / filters.flatten(1).norm(dim=1)[:, None, None, None]).to(device))
-        channels = count
-    return found
+class FeatureSpace:
+    """Where faces are compared, one by one and all together: uint8 images (N, 3, S, S) -> (N, 256).
 
-
-class ShapeFeatures:
-    """Where faces are compared one by one: uint8 images (N, 3, S, S) -> features (N, 64).
-
-    Three convolutions with fixed random filters, each rectified and averaged over 4×4 fields, and the image itself over
-    8×8; of these the 64 principal components of `faces`, scaled to variance 1 in them; `known` are those of `faces`."""
-
-    def __init__(self, faces: Tensor):
-        self.filters = random_filters("features", (32, 5), (64, 5), (128, 3), device=faces.device)
-        responses = self.responses(faces)
-        spread, self.mean = torch.std_mean(responses, 0)
-        centred = (responses - self.mean) / (spread + 1e-6)
-        variances, components = torch.linalg.eigh((centred @ centred.T).double())  # smaller than features by features
-        kept = slice(-min(FEATURES, len(faces) // 4), None)
-        scaled = components[:, kept] * math.sqrt(len(faces) - 1) / variances[kept]
-        self.basis = centred.T @ scaled.float() / (spread + 1e-6)[:, None]
-        self.known = self.features(responses)
-
-    def responses(self, images: Tensor) -> Tensor:
-        """What the filters see, (N, 3776)."""
-        rows = []
-        for some in images.split(JUDGE_BATCH):
-            x = to_face(some)
-            pooled = [F.adaptive_avg_pool2d(x, 8)]
-            for filters in self.filters:
-                x = F.relu(F.conv2d(x, filters, None, 2, filters.shape[-1] // 2))
-                pooled.append(F.adaptive_avg_pool2d(x, 4))
-            rows.append(torch.cat([part.flatten(1) for part in pooled], 1))
-        return torch.cat(rows)
-
-    def features(self, responses: Tensor) -> Tensor:
-        return ((responses - self.mean) @ self.basis).cpu()
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.features(self.responses(images))
-
-
-class DetailFeatures:
-    """Where all faces together are compared as networks that see do: uint8 images (N, 3, S, S) -> (N, 256).
-
-    Each pixel's detail is divided by the strength of the detail around it (Mittal et al., No-reference image quality
-    assessment in the spatial domain, 2012), so that a faint grid on a smooth cheek is as plain as a missing eyelash.
-    Two layers of fixed random filters upon that at full resolution, the third and second averaged over 4×4 fields, and
-    the image itself over 8×8, count alike: each has variance 1 in `faces`. All of it is mixed at random into 256
-    numbers, which are not scaled by how much real faces differ in them: what no real face varies would be all. `known`
-    are those of `faces`."""
-    SIZE = 256
+    An image is looked at with S, S/2 and S/4 pixels. Each pixel's detail is divided by the strength of the detail
+    around it (Mittal et al., No-reference image quality assessment in the spatial domain, 2012), so that a faint grid
+    on a smooth cheek is as plain as a missing eyelash, and passes two layers of fixed random filters, which tell shapes
+    and textures apart without training (Saxe et al., On random weights and unsupervised feature learning, 2011). Their
+    averages over 4×4 fields, and those of the image itself with S/8 pixels, are mixed at random into 256 numbers, whose
+    distances are nearly those before (Johnson and Lindenstrauss, 1984)."""
     FAINT = 0.03  # of detail, 4 grey levels: the strength below which it fades
 
-    def __init__(self, faces: Tensor):
-        self.kernel = binomial_kernel(1, 4, 6, 4, 1).to(faces.device)
-        self.filters = random_filters("sight", (32, 5), (64, 3), (128, 3), device=faces.device)
-        parts = self.responses(faces)
-        scales = [part.var(0).sum().sqrt() + 1e-6 for part in parts]
-        rng = random_stream("sight", 1)
-        self.mixing = torch.cat([torch.randn(part.shape[1], self.SIZE, generator=rng).to(faces.device) / scale
-                                 for part, scale in zip(parts, scales, strict=True)])
-        self.known = self.features(parts)
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.kernel, self.device = binomial_kernel(1, 4, 6, 4, 1).to(device), device
+        rng, self.filters = random_stream("features", 0), []
+        for shape in ((32, 3, 5, 5), (64, 32, 3, 3)):
+            filters = torch.randn(shape, generator=rng)
+            filters -= filters.mean((1, 2, 3), keepdim=True)
+            self.filters.append((filters / filters.flatten(1).norm(dim=1)[:, None, None, None]).to(device))
+        self.mixing = torch.randn(3 * 64 * 16 + 3 * 16, FEATURES, generator=rng).to(device)
 
-    def responses(self, images: Tensor) -> list[Tensor]:
-        """What is averaged, unscaled: (N, 192), (N, 1024), (N, 2048)."""
-        rows = []
-        for part in images.split(20):  # what they see of more would not stay in the caches
-            x = to_face(part)
-            detail = x - low_pass(x, self.kernel)
+    def responses(self, x: Tensor) -> Tensor:
+        """What is averaged, of faces (N, 3, S, S): (N, 3120)."""
+        parts = []
+        for _ in range(3):
+            smooth = low_pass(x, self.kernel)
+            detail = x - smooth
             strength = low_pass(low_pass(detail.square().mean(1, keepdim=True), self.kernel), self.kernel)
-            y, pooled = detail / (strength + self.FAINT ** 2).sqrt(), [F.adaptive_avg_pool2d(x, 8).flatten(1)]
-            y = y.contiguous(memory_format=torch.channels_last)
-            for filters, stride in zip(self.filters, (1, 2, 2), strict=True):
+            y = (detail / (strength + self.FAINT ** 2).sqrt()).contiguous(memory_format=torch.channels_last)
+            for stride, filters in enumerate(self.filters, 1):
                 y = F.relu_(F.conv2d(y, filters, None, stride, filters.shape[-1] // 2))
-                pooled.append(F.adaptive_avg_pool2d(y, 4).flatten(1))
-            rows.append((pooled[0], *pooled[2:]))
-        return [torch.cat(part) for part in zip(*rows, strict=True)]
+            parts.append(F.adaptive_avg_pool2d(y, 4).flatten(1))
+            x = smooth[..., ::2, ::2]
+        return torch.cat([*parts, F.adaptive_avg_pool2d(x, 4).flatten(1)], 1)
 
-    def features(self, parts: list[Tensor]) -> Tensor:
-        return (torch.cat(parts, 1) @ self.mixing).cpu()
-
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        return self.features(self.responses(images))
+        return torch.cat([self.responses(to_face(part.to(self.device))) @ self.mixing
+                          for part in images.split(JUDGE_BATCH)]).cpu().double()  # a face is at distance 0 of itself
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -1610,123 +1557,88 @@ def neighbourhoods(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[str,
     return {name: values.float().mean().item() for name, values in found.items()}
 
 
-def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Multi-scale structural similarity of uint8 images (N, 3, S, S), pair by pair, (N,); 1 for equal ones (Wang et
-    al., 2003). Of the five scales those are used at which the 11-pixel window fits, their weights scaled to sum 1."""
-    offsets = torch.arange(11, device=a.device) - 5
-    window = torch.exp(-offsets.square() / (2 * 1.5 ** 2))
-    window = (window / window.sum()).expand(3, 1, 1, 11)
-    weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:max(1, int(math.log2(a.shape[-1] / 11)) + 1)]
-
-    def windowed(x: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(x, window, groups=3), window.transpose(2, 3), groups=3)
-    a, b, result = a.float(), b.float(), torch.ones(len(a), device=a.device)
-    for level, weight in enumerate(weights):
-        mean_a, mean_b = windowed(a), windowed(b)
-        variances = windowed(a * a) + windowed(b * b) - mean_a ** 2 - mean_b ** 2
-        similar = (2 * (windowed(a * b) - mean_a * mean_b) + 58.5225) / (variances + 58.5225)  # (0.03 · 255)²
-        if level == len(weights) - 1:
-            similar = similar * (2 * mean_a * mean_b + 6.5025) / (mean_a ** 2 + mean_b ** 2 + 6.5025)  # (0.01 · 255)²
-        result = result * similar.mean((1, 2, 3)).clamp_min(0) ** (weight / sum(weights))
-        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-    return result
-
-
-def similarity(images: Tensor) -> float:
-    """Mean MS-SSIM of up to 250 pairs of images: near 1 where all are alike."""
-    half = min(250, len(images) // 2)
-    pairs = zip(images[:half].split(50), images[half:2 * half].split(50))
-    return torch.cat([ms_ssim(a, b) for a, b in pairs]).mean().item()
-
-
-class Judge:
-    """Scores generated faces against real faces of persons that no network was trained on."""
-
-    @torch.no_grad()
-    def __init__(self, faces: Tensor, held_out: Tensor, device: torch.device):
-        """uint8 training faces and held-out ones. UserError where these are too few to judge by."""
-        self.count, self.device = min(JUDGED_FACES, len(held_out)), device
-        if self.count < LEAST_JUDGED:
-            raise UserError(f"{len(held_out)} held-out faces are too few to judge by: at least {LEAST_JUDGED} are "
-                            "needed, which prepare sets apart from 500 photos or what --limit leaves over")
-        real, self.faces = held_out[:self.count].to(device), faces[:2 * JUDGED_FACES]
-        self.space = ShapeFeatures(self.faces.to(device))
-        self.real, self.training = self.space(real), self.space.known
-        self.sight = DetailFeatures(self.faces[:self.count].to(device))
-        self.seen, self.similarity = self.sight(real), similarity(real)
-        # Not 0, which they are where the held-out faces are training faces
-        self.floor = max(1e-9, frechet_distance(self.seen, self.sight.known))
-        self.real_to_training = max(1e-9, torch.cdist(self.real, self.training).min(1).values.median().item())
-
-    @torch.no_grad()
-    def score(self, fake: Tensor) -> dict[str, float]:
-        """SCORES of `count` uint8 generated faces.
-
-        distance: the Fréchet distance of generated and held-out faces in DetailFeatures, over that of training and
-        held-out ones: 1.9 is 1.9 times as far as real faces are from one another. frechet: that in ShapeFeatures, 0 is
-        best. precision, recall, coverage: shares. ms_ssim: similarity of generated faces with one another, ms_ssim_real
-        that of real ones. memory: median distance of a generated face to its nearest training face, over that of a
-        held-out one; far below 1 means learnt by heart."""
-        if len(fake) != self.count:
-            raise ValueError(f"{len(fake)} faces to judge, {self.count} real ones: distances depend on the number")
-        fake = fake.to(self.device)
-        found = self.space(fake)
-        nearest = torch.cdist(found, self.training).min(1).values.median().item()
-        scores = {"distance": frechet_distance(self.seen, self.sight(fake)) / self.floor,
-                  "frechet": frechet_distance(self.real, found), **neighbourhoods(self.real, found),
-                  "ms_ssim": similarity(fake), "ms_ssim_real": self.similarity,
-                  "memory": nearest / self.real_to_training}
-        return {name: round(value, 4) for name, value in scores.items()}
-
-    @torch.no_grad()
-    def most_similar(self, fake: Tensor, pairs: int = 10) -> Tensor:
-        """The generated faces that are most alike, (3 · pairs, 3, S, S): a row of them, a row of their likes, and a row
-        of the training faces nearest to the first."""
-        found = self.space(fake.to(self.device))
-        distances = torch.cdist(found, found) + torch.eye(len(fake)) * 1e9
-        nearest, like = distances.min(1)
-        chosen = nearest.argsort()[:pairs]
-        known = torch.cdist(found[chosen], self.training).argmin(1)
-        return torch.cat([fake[chosen], fake[like[chosen]], self.faces[known].cpu()])
-
-
 class NearestFaces:
-    """The training faces of a dataset and where each lies in the judge's ShapeFeatures."""
+    """The training faces of a dataset and where each lies in the judge's FeatureSpace."""
 
-    @torch.no_grad()
-    def __init__(self, images: Tensor, held_out: Tensor):
-        self.images, self.space = images, ShapeFeatures(images[:500])  # enough for 64 numbers, in a quarter of the time
+    def __init__(self, images: Tensor, held_out: Tensor, device: torch.device | str = "cpu"):
+        """uint8 training faces and held-out ones."""
+        self.images, self.space = images, FeatureSpace(device)
         self.features = self.space(images)
         some = self.features[:2 * JUDGED_FACES]
         radius = torch.cdist(some, some).kthvalue(min(NEIGHBOURS + 1, len(some)), 1).values
         usual = radius <= radius.median()  # a face far from all others would call everything around it realistic
         self.usual, self.radius = some[usual], radius[usual]
-        self.typical = self.nearest(held_out[:200], 1)[0].median().item() if len(held_out) else None
+        self.typical = self.distance_of(held_out) if len(held_out) else None
 
-    @torch.no_grad()
     def nearest(self, images: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
-        """(distances, which faces) of the `count` nearest to each image, (N, count), nearest first."""
-        distances = torch.cdist(self.space(images), self.features)
-        nearest = distances.topk(min(count, len(self.features)), 1, largest=False)
+        """(distances, which faces) of the `count` nearest to each image or its mirror image, (N, count), nearest
+        first."""
+        both = torch.cdist(self.space(torch.cat([images, images.flip(3)])), self.features)
+        nearest = both.unflatten(0, (2, -1)).amin(0).topk(min(count, len(self.features)), 1, largest=False)
         return nearest.values, nearest.indices
 
-    @torch.no_grad()
+    def distance_of(self, images: Tensor) -> float:
+        """The median distance of 200 of the images to the nearest of these faces."""
+        return self.nearest(images[:200], 1)[0].median().item()
+
     def realism(self, images: Tensor) -> Tensor:
         """How realistic each image is, (N,): 1 and more within the neighbourhood of a training face (arXiv 1904.06991,
         section 5)."""
         return (self.radius / torch.cdist(self.space(images), self.usual).clamp_min(1e-9)).amax(1)
 
 
+class Judge:
+    """Scores generated faces against real faces of persons that no network was trained on."""
+
+    def __init__(self, faces: Tensor, held_out: Tensor, device: torch.device):
+        """uint8 training faces and held-out ones. UserError where they are too few to judge by."""
+        if min(len(faces), len(held_out)) < LEAST_JUDGED:
+            raise UserError(f"{len(faces)} training and {len(held_out)} held-out faces are too few: at least "
+                            f"{LEAST_JUDGED} of each are needed, which prepare makes of {5 * LEAST_JUDGED} photos")
+        self.count = min(JUDGED_FACES, max(len(faces), len(held_out)))  # few held-out ones tell more beside many
+        self.known = NearestFaces(faces[:2 * JUDGED_FACES], held_out, device)
+        self.real = self.known.space(held_out[:JUDGED_FACES])
+        # Not 0, which it is where the held-out faces are training faces
+        self.floor = max(1e-9, frechet_distance(self.real, self.known.features[:self.count]))
+
+    def score(self, fake: Tensor) -> dict[str, float]:
+        """SCORES of `count` uint8 generated faces.
+
+        distance: the Fréchet distance of generated and held-out faces, over that of training and held-out ones:
+        1.9 is 1.9 times as far as real faces are from one another. spread: by how much that differs, one standard
+        deviation, for other latent vectors; a jackknife tells it, which leaves out a tenth at a time. precision,
+        recall, coverage: shares. variety: mean distance of pairs of generated faces, over that of real ones. memory:
+        median distance of a generated face to its nearest training face, over that of a held-out one; far below 1 means
+        learnt by heart."""
+        if len(fake) != self.count:
+            raise ValueError(f"{len(fake)} faces to judge instead of {self.count}: distances depend on the number")
+        found = self.known.space(fake)
+        left_out = torch.arange(len(found)) % 10
+        others = torch.tensor([frechet_distance(self.real, found[left_out != tenth]) for tenth in range(10)])
+        scores = {"distance": frechet_distance(self.real, found) / self.floor,
+                  "spread": (others.std() * 9 / math.sqrt(10)).item() / self.floor, **neighbourhoods(self.real, found),
+                  "variety": (torch.pdist(found).mean() / torch.pdist(self.real).mean()).item(),
+                  "memory": self.known.distance_of(fake) / (self.known.typical or 1e-9)}
+        return {name: round(value, 4) for name, value in scores.items()}
+
+    def most_similar(self, fake: Tensor, pairs: int = 10) -> Tensor:
+        """The generated faces that are most alike, (3 · pairs, 3, S, S): a row of them, a row of their likes, and a row
+        of the training faces nearest to the first."""
+        found = self.known.space(fake)
+        nearest, like = (torch.cdist(found, found) + torch.eye(len(fake)) * 1e9).min(1)
+        chosen = nearest.argsort()[:pairs]
+        _, known = self.known.nearest(fake[chosen], 1)
+        return torch.cat([fake[chosen], fake[like[chosen]], self.known.images[known[:, 0]]])
+
+
 def collapsed(judged: list[dict], last: int = 3) -> bool:
     """Whether the faces have collapsed: in each of the last judgements less than half of the best coverage until then,
-    or much more alike than they were at best (MS-SSIM 0.15 higher). Only what had covered 30 % of the real faces can
-    collapse: the blurs of a run's beginning are alike and cover nothing."""
+    or less than 85 % of the best variety, as where five faces are made again and again. Only what had covered 30 % of
+    the real faces can collapse: the blurs of a run's beginning cover nothing."""
     began = next((i for i, scores in enumerate(judged) if scores["coverage"] >= 0.3), len(judged))
     before, now = judged[began:-last], judged[-last:]
-    if not before:
-        return False
-    return (all(scores["coverage"] < max(old["coverage"] for old in before) / 2 for scores in now)
-            or all(scores["ms_ssim"] > min(old["ms_ssim"] for old in before) + 0.15 for scores in now))
+    return any(all(scores[name] < share * max(old[name] for old in before) for scores in now)
+               for name, share in (("coverage", 0.5), ("variety", 0.85)) if before)
 
 
 # ================================================================================================
@@ -1741,15 +1653,17 @@ class Monitor:
 
     def __init__(self, run: Run, device: torch.device):
         self.run, self.judge, self.best = run, None, math.inf
-        self.judged = [line["scores"] for line in run.log if "scores" in line]
+        self.judged = [line["scores"] for line in run.log if "variety" in line.get("scores", {})]  # not another judge's
         try:
             held_out, _ = load_faces(Path(run.settings.data), "held_out")
             self.judge = Judge(run.faces.images[:2 * JUDGED_FACES].cpu(), held_out, device)
             self.z = sample_latents(self.judge.count, run.settings.seed + 1)
         except UserError as error:
             say(f"nothing is judged: {error}")
-        with suppress(UserError, KeyError, TypeError):
-            self.best = read_checkpoint(run.path / "best.pt")["scores"]["distance"]
+        if self.judge:
+            with suppress(UserError):  # judged anew: the scores that it holds may be another judge's
+                generator, _ = load_generator(run.path / "best.pt", device)
+                self.best = self.judge.score(sample_images(generator, self.z))["distance"]
 
     def is_due(self, epoch: int) -> bool:
         """Now and then, for each kept checkpoint, and each epoch while the faces may be collapsing, so that it is known
@@ -1761,7 +1675,7 @@ class Monitor:
         """Add scores to an epoch's line of the log, if they are due, and whether the faces have collapsed; say so when
         they do. Returns whether the scores are the best so far: those with the least distance, because it rises with
         blur, with noise and with repetition (tests/test_judge.py) and ranks checkpoints as a network that was trained
-        to see (tests/perceptual.py)."""
+        to see (tests/perceptual.py); less by more than other latent vectors would make it."""
         if not self.judge or not self.is_due(line["epoch"]):
             return False
         fake = sample_images(generator, self.z)
@@ -1772,11 +1686,11 @@ class Monitor:
             path = self.run.path / f"collapse-{line['epoch']:05d}.png"
             self.run.writer.ask(write_grid, path, self.judge.most_similar(fake))
             scores = line["scores"]
-            say(f"the faces have collapsed (epoch {line['epoch']}: coverage {scores['coverage']:.2f}, similarity "
-                f"{scores['ms_ssim']:.2f}, of real ones {scores['ms_ssim_real']:.2f}): look at {path}; "
-                "best.pt is from before")
-        better = line["scores"]["distance"] < self.best
-        self.best = min(self.best, line["scores"]["distance"])
+            say(f"the faces have collapsed (epoch {line['epoch']}: coverage {scores['coverage']:.2f}, variety "
+                f"{scores['variety']:.2f}): look at {path}; best.pt is from before")
+        better = line["scores"]["distance"] + line["scores"]["spread"] < self.best
+        if better:
+            self.best = line["scores"]["distance"]
         return better
 
 
@@ -3634,8 +3548,8 @@ def command_judge(settings: JudgeSettings) -> int:
         if judge is None:
             judge = Judge(*load_known_faces(facts, settings.data), device)
             if not settings.json:
-                say(f"{judge.count} generated faces against as many of {settings.data or facts['data']} that were held "
-                    "out")
+                say(f"{judge.count} generated faces against {len(judge.real)} of {settings.data or facts['data']} that "
+                    "were held out")
                 say(f"{'checkpoint':14s}{'epoch':>7s}" + "".join(f"{name:>13s}" for name in SCORES))
         scores = judge.score(sample_images(generator, sample_latents(judge.count, settings.seed)))
         lines.append({"checkpoint": str(path), "epoch": facts["epoch"], **scores})

@@ -268,13 +268,13 @@ def table(out: Path) -> None:
         row = json.loads(path.read_text())
         for weights, scores in row["scores"].items():
             rows.setdefault((row["faces"], row["images"] // 1000, row["recipe"], weights), []).append((row, scores))
-    print(f"{'faces':>6s} {'k seen':>6s} {'recipe':22s} {'weights':14s} {'distance':>14s} {'frechet':>14s} "
+    print(f"{'faces':>6s} {'k seen':>6s} {'recipe':22s} {'weights':14s} {'distance':>14s} "
           f"{'coverage':>12s} {'recall':>12s} {'precision':>12s} {'D':>5s} {'s':>5s}")
     for (faces, images, recipe, weights), found in sorted(rows.items()):
         cells = [", ".join(f"{scores[name]:.{digits}f}" for _, scores in found)
-                 for name, digits in (("distance", 1), ("frechet", 1), ("coverage", 2), ("recall", 2), ("precision", 2))]
-        print(f"{faces:6d} {images:6d} {recipe:22s} {weights:14s} {cells[0]:>14s} {cells[1]:>14s} {cells[2]:>12s} "
-              f"{cells[3]:>12s} {cells[4]:>12s} {mean(row['discriminator_share'] for row, _ in found):5.2f} "
+                 for name, digits in (("distance", 1), ("coverage", 2), ("recall", 2), ("precision", 2))]
+        print(f"{faces:6d} {images:6d} {recipe:22s} {weights:14s} {cells[0]:>14s} {cells[1]:>12s} {cells[2]:>12s} "
+              f"{cells[3]:>12s} {mean(row['discriminator_share'] for row, _ in found):5.2f} "
               f"{mean(row['seconds'] for row, _ in found):5.0f}")
 
 

@@ -431,7 +431,7 @@ def bench_studio(options) -> dict:
     found = {f"{name}, inside over outside": spread(values) for name, values in ratios.items()}
     images = gan.load_faces(options.data, "held_out")[0]
     photos, weights = images[torch.randperm(len(images))[:150]], gan.face_weights(size)
-    space, ranks = gan.ShapeFeatures(gan.load_faces(options.data)[0][:500]), {"pixels": [], "features": []}
+    space, ranks = gan.FeatureSpace(), {"pixels": [], "features": []}
     others = space(photos)
     for number in range(50):
         target = gan.to_face(photos[number])

