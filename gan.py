@@ -1604,7 +1604,7 @@ class Judge:
     def score(self, fake: Tensor) -> dict[str, float]:
         """SCORES of `count` uint8 generated faces.
 
-        distance: the Fréchet distance of generated and held-out faces, over that of training and held-out ones:
+        distance: the Fréchet distance of generated and held-out faces, over that of as many training and held-out ones:
         1.9 is 1.9 times as far as real faces are from one another. spread: by how much that differs, one standard
         deviation, for other latent vectors; a jackknife tells it, which leaves out a tenth at a time. precision,
         recall, coverage: shares. variety: mean distance of pairs of generated faces, over that of real ones. memory:
@@ -1613,9 +1613,10 @@ class Judge:
         if len(fake) != self.count:
             raise ValueError(f"{len(fake)} faces to judge instead of {self.count}: distances depend on the number")
         found = self.known.space(fake)
-        left_out = torch.arange(len(found)) % 10
-        others = torch.tensor([frechet_distance(self.real, found[left_out != tenth]) for tenth in range(10)])
-        scores = {"distance": frechet_distance(self.real, found) / self.floor,
+        some = found[:len(self.known.features)]  # as many as there are training faces: what is real is at 1 then
+        left_out = torch.arange(len(some)) % 10
+        others = torch.tensor([frechet_distance(self.real, some[left_out != tenth]) for tenth in range(10)])
+        scores = {"distance": frechet_distance(self.real, some) / self.floor,
                   "spread": (others.std() * 9 / math.sqrt(10)).item() / self.floor, **neighbourhoods(self.real, found),
                   "variety": (torch.pdist(found).mean() / torch.pdist(self.real).mean()).item(),
                   "memory": self.known.distance_of(fake) / (self.known.typical or 1e-9)}

@@ -234,6 +234,8 @@ def test_distance_is_a_multiple_of_real_faces(faces, judge):
     """1 for training faces, whatever the held-out ones; 0 for the held-out ones themselves."""
     assert judge.score(faces[0][:judge.count])["distance"] == pytest.approx(1, abs=0.01)
     assert judge.score(faces[1][:judge.count])["distance"] == pytest.approx(0, abs=0.01)
+    few = gan.Judge(faces[0][:100], faces[1], CPU).score(faces[0].flip(0))
+    assert few["distance"] == pytest.approx(1, abs=3 * few["spread"])  # real ones, also where few are trained on
 
 
 def test_distance_sees_what_is_faint_and_what_is_coarse(faces, judge):
