@@ -415,8 +415,9 @@ def test_choice_is_the_first_of_each_person_whatever_the_order(pairs, per_person
     assert sorted(chosen) == expected and chosen == gan.choose_photos(sorted(names)[::-1], per_person, seed)
 
 
-def test_seed_shuffles_limit_cuts_and_bad_photos_are_replaced(tmp_path):
+def test_seed_shuffles_limit_cuts_and_bad_photos_are_replaced(tmp_path, monkeypatch):
     """--limit keeps the first ones of the seed's order (0: all); the next candidates take the place of bad ones."""
+    monkeypatch.setattr(gan, "LEAST_JUDGED", 100)  # none is held out
     files, data = {f"{i:02}.png": photo(i) for i in range(30)}, tmp_path / "data"
     source = pack(tmp_path / "photos", files)
     prepared(source, data, limit=0)
@@ -1117,8 +1118,9 @@ def test_the_way_out_is_named(tmp_path, capsys, monkeypatch, argv, code, expecte
 
 # The dataset on disk
 
-def test_manifest_tells_all(tmp_path):
+def test_manifest_tells_all(tmp_path, monkeypatch):
     """Batches of at most 200 uint8 faces with their SHA-256, settings, source and skipped files; a contact sheet."""
+    monkeypatch.setattr(gan, "LEAST_JUDGED", 100)  # none is held out
     files = {f"{i:03}.png": photo(i) for i in range(205)} | {"bad.png": b"bad"}
     source, data = pack(tmp_path / "photos", files), tmp_path / "data"
     manifest = prepared(source, data, seed=3)

@@ -1053,6 +1053,7 @@ def test_part_sliders_and_face_are_seen_together(page, screen):
     page.locator("#numbers summary").click()
     page.set_viewport_size({"width": width, "height": height})
     page.locator("#touch .strip").nth(2).wait_for()
+    page.evaluate("document.querySelectorAll('*').forEach(one => { one.scrollTop = 0; })")  # the click scrolled
 
     def inside(locator) -> bool:
         box = locator.bounding_box()
