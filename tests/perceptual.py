@@ -133,7 +133,7 @@ def compare(floor: list, generated: Iterable, held_out: torch.Tensor, judge: gan
         seen, scores = features(images), judge.score(images[:judge.count])
         near = gan.neighbourhoods(real, seen)
         rows.append([gan.frechet_distance(real, seen), *(near[share] for share in shares), scores["distance"],
-                     *(scores[share] for share in shares), *pyramid(images)])
+                     *(scores[share] for share in shares), *pyramid(images[:len(held_out)])])
         print(f"{name[-39:]:40s}{rows[-1][0]:13.2f}" + "".join(f"{value:10.2f}" for value in rows[-1][1:]), flush=True)
     rows = sorted(rows[len(floor):])
     for words, some in (("rank correlation with EfficientNet", rows), ("in the nearer half", rows[:len(rows) // 2])):
