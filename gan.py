@@ -2306,7 +2306,7 @@ def find_faces(image: Image.Image) -> list[Face]:
 
     The whole is looked at first, and again from nearer if no face is seen or a small one. Then each that is not large,
     or is tilted, is looked at closely and upright: few pixels show that there is a face but not where its eyes are, and
-    tilts are taken for less than they are. Faces of less than a 45th of the image's longer side are not found.
+    tilts are taken for less than they are. Faces of less than a 32nd of the image's longer side may be missed.
     UserError without the detector."""
     for pixels in (DETECTION_PIXELS, 2 * DETECTION_PIXELS):
         scale = max(1, max(image.size) / pixels)
@@ -2521,7 +2521,8 @@ def generate(settings: GenerateSettings) -> int:
     out = Path(settings.out) if settings.out else run / "generated"
     grid = Path(f"{out}-grid.png")  # not among the faces, which other tools read as they are
     film = f"{out}-film.webp" if settings.interpolate == "" else settings.interpolate
-    if film and Path(film).suffix not in FILMS:
+    kind = FILMS.get(Path(film).suffix.lower()) if film else None
+    if film and not kind:
         raise UserError(f"{film} ends in none of {', '.join(FILMS)}: choose one")
     if settings.vectors:
         z = read_vectors(Path(settings.vectors))
@@ -2538,10 +2539,9 @@ def generate(settings: GenerateSettings) -> int:
                 write_grid(grid, images)
             write_pngs(out, images, start * 100, digits)
             bar.update(len(images))
-    if film:
+    if film and kind:
         frames = pictures(sample_images(generator, interpolate(z[:MAX_FILM_FACES])))
-        atomic_write(Path(film), film_bytes([ImageOps.scale(frame, 2) for frame in frames],
-                                            kind=FILMS[Path(film).suffix]))
+        atomic_write(Path(film), film_bytes([ImageOps.scale(frame, 2) for frame in frames], kind=kind))
     origin = settings.vectors or f"seed {settings.seed}"
     say(f"{len(z)} faces of {path} (epoch {facts['epoch']}, {origin}) in {out}; look at {grid}")
     return 0
@@ -2716,14 +2716,13 @@ FIT_DONE = 0.3  # grey levels: a step that brings less is the last
 def fit_start(generator: nn.Module, target: Tensor, weights: Tensor, count: int = 32) -> Tensor:
     """Of `count` random latent vectors the one (128,) whose face is nearest to the target."""
     z = sample_latents(count, seed=0)
-    distances = [distances_to(target, to_face(sample_images(generator, part)), weights) for part in z.split(32)]
-    return z[torch.cat(distances).argmin()]
+    return z[distances_to(target, to_face(sample_images(generator, z)), weights).argmin()]
 
 
 def average_latent(generator: Generator) -> Tensor:
     """The latent vector (128,) of the average face: four steps towards the mean of many, as the mean of latent vectors,
     0, is no face."""
-    faces = torch.cat([to_face(sample_images(generator, z)) for z in sample_latents(256, seed=0).split(32)])
+    faces = to_face(sample_images(generator, sample_latents(256, seed=0)))
     target, weights = faces.mean(0), torch.ones(faces.shape[2:])
     z = fit_start(generator, target, weights)
     for _ in range(4):

@@ -127,7 +127,7 @@ def test_what_is_no_vector_is_refused_in_a_line(text, tmp_path):
         gan.read_vectors(tmp_path / "z.json")
 
 
-@pytest.mark.parametrize("suffix, kind", [("webp", "WEBP"), ("gif", "GIF"), ("png", "PNG")])
+@pytest.mark.parametrize("suffix, kind", [("webp", "WEBP"), ("GIF", "GIF"), ("png", "PNG")])
 def test_films_by_suffix(trained, tmp_path, suffix, kind):
     """The film's own format, all its pictures, and for ever; another suffix is refused before anything is written."""
     film = tmp_path / f"film.{suffix}"

@@ -39,6 +39,16 @@ def top_half() -> torch.Tensor:
     return mask
 
 
+def vivid_generator() -> gan.Generator:
+    """One whose faces are vivid."""
+    torch.manual_seed(0)
+    generator = gan.Generator(32, 8).eval()
+    for layer in generator.layers:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_var.uniform_(0.005, 0.02)
+    return generator
+
+
 def test_jacobian_of_a_linear_generator_is_its_matrix():
     """Wherever it is taken."""
     matrix = noise(PIXELS, 128)
@@ -161,11 +171,7 @@ def test_a_word_says_what_changes():
 
 def test_the_average_face_is_near_the_mean_of_faces():
     """Nearer than any of many; the mean of latent vectors is not near."""
-    torch.manual_seed(0)
-    generator = gan.Generator(32, 8).eval()
-    for layer in generator.layers:
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_var.uniform_(0.005, 0.02)
+    generator = vivid_generator()
     z = gan.average_latent(generator)
     with torch.no_grad():
         faces = generator(noise(300, 128, seed=3))
@@ -226,11 +232,7 @@ def test_distance_is_rms_in_grey_levels():
 
 def test_a_face_of_the_network_is_found_again():
     """A photo that a network made itself is approached step by step, much nearer than the best of 256 at random."""
-    torch.manual_seed(0)
-    generator = gan.Generator(32, 8).eval()
-    for layer in generator.layers:
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_var.uniform_(0.005, 0.02)
+    generator = vivid_generator()
     weights = gan.face_weights(32)
     with torch.no_grad():
         target = generator(noise(1, 128, seed=7))[0]
