@@ -1255,12 +1255,13 @@ def append_log(run: Path, line: dict) -> None:
 
 def training_under_way(run: Path, most: float = math.inf) -> dict | None:
     """How far the training of a run is, as its files tell: epoch, epochs, and seconds_left at the last epoch's pace, at
-    most so many (None: unknown in the first epoch). None where it is over or has been silent for three epochs' time."""
+    most so many (None: unknown in the first epoch). None where nobody trains: it is over, stopped, or killed, which a
+    silence of three epochs' time tells."""
     with suppress(OSError, ValueError, KeyError):
         epochs, lines = json.loads((run / "config.json").read_text("utf-8"))["settings"]["epochs"], read_log(run)
         epoch, pace = (lines[-1]["epoch"], lines[-1]["seconds"]) if lines else (0, 100.0)
         silent = time.time() - (run / "log.jsonl").stat().st_mtime
-        if epoch < epochs and most > 0 and silent < 60 + 3 * pace:
+        if (run / "train.lock").read_text() and epoch < epochs and most > 0 and silent < 60 + 3 * pace:
             left = min(most, max(0.0, (epochs - epoch) * pace - silent)) if lines else most
             return {"epoch": epoch, "epochs": epochs, "seconds_left": None if left == math.inf else round(left)}
     return None
@@ -1383,7 +1384,10 @@ def locked(run: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)  # nobody trains here now, which training_under_way tells
 
 
 def is_kept(epoch: int, every: int | None, per_doubling: int) -> bool:

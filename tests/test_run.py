@@ -385,9 +385,11 @@ def test_what_is_told_of_a_run_that_is_trained(tmp_path):
         return gan.training_under_way(tmp_path, **more)
     assert told(5) is None
     (tmp_path / "config.json").write_text('{"settings": {"epochs": 4}}')
-    assert told() == {"epoch": 0, "epochs": 4, "seconds_left": None}
-    assert told(most=200) == {"epoch": 0, "epochs": 4, "seconds_left": 200}
-    left = told(900, 1000, silent=500)
-    assert (left["epoch"], left["epochs"]) == (2, 4) and 1400 < left["seconds_left"] <= 1500
-    assert told(900, 1000, most=60)["seconds_left"] == 60
-    assert [told(5, 5, 5, 5), told(5, 5, most=-1), told(5, 5, silent=100)] == [None] * 3
+    with gan.locked(tmp_path):
+        assert told() == {"epoch": 0, "epochs": 4, "seconds_left": None}
+        assert told(most=200) == {"epoch": 0, "epochs": 4, "seconds_left": 200}
+        left = told(900, 1000, silent=500)
+        assert (left["epoch"], left["epochs"]) == (2, 4) and 1400 < left["seconds_left"] <= 1500
+        assert told(900, 1000, most=60)["seconds_left"] == 60
+        assert [told(5, 5, 5, 5), told(5, 5, most=-1), told(5, 5, silent=100)] == [None] * 3
+    assert told(5, 5) is None  # stopped: nobody holds the folder
