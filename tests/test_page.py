@@ -231,6 +231,7 @@ def test_slider_i_is_number_i(page, server, run, i):
 
 def test_dragging_a_slider(page, server, run):
     """Dragging with the mouse moves the number to where the thumb is; at the right end it is 3."""
+    page.locator("#touch .strip").nth(4).wait_for()  # they push it down
     slider = page.locator("#s5")
     slider.scroll_into_view_if_needed()
     at = slider.bounding_box()
