@@ -82,7 +82,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL import features as pillow_features
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
 
@@ -233,7 +233,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Faces (N, 3, size, size) in [-1, 1] -> scores (N,): logits or a critic's values, never squashed here."""
 
-    def __init__(self, size: int = 80, width: int = 64, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
+    def __init__(self, size: int = 80, width: int = 64, norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+                 detail: Callable[[], nn.Module] = nn.Identity):
         super().__init__()
         base, channels = stage_channels(size, width)
         channels = channels[::-1]
@@ -243,7 +244,7 @@ class Discriminator(nn.Module):
                        nn.Conv2d(before, after, 4, stride=2, padding=1, bias=False),
                        *([norm(after)] if after > width else []), nn.LeakyReLU(0.2)]
         layers += [Score(channels[-1], 1, base, bias=False)]  # (N, 1, 1, 1)
-        self.detail, self.layers = DetailBoost(), nn.Sequential(*layers)
+        self.detail, self.layers = detail(), nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(self.detail(x)).flatten()
@@ -283,20 +284,19 @@ class Blur(nn.Module):
 
 class DetailBoost(nn.Module):
     """Faces (N, 3, S, S) -> same with their fine detail raised, x + gain · (3 x - 2 a - b): a is x blurred, b is a
-    blurred at twice the spacing. Gain 0 is x; gain 1 doubles a - b and quadruples x - a.
+    blurred at twice the spacing. Gain 0, as at first, is x; gain 1 doubles a - b and quadruples x - a.
 
     Networks learn last what has little amplitude (arXiv 2111.02447): the finest octave has a twentieth of the coarse
     ones'. To bound a critic's slope in boosted faces is to choose another norm (arXiv 1806.06621)."""
     kernel: Tensor
-    gain = 0.0  # on the host: where it is 0 nothing is computed, and no device waited for
+    gain: Tensor  # on the device, where recorded passes read it
 
     def __init__(self):
         super().__init__()
         self.register_buffer("kernel", binomial_kernel(1, 4, 6, 4, 1), persistent=False)
+        self.register_buffer("gain", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gain == 0:
-            return x
         a = low_pass(x, self.kernel)
         return x + self.gain * (3 * x - 2 * a - low_pass(a, self.kernel, spacing=2))
 
@@ -430,6 +430,7 @@ class Objective(ABC):
     constraint, and when its discriminator is behind."""
     learning_rate: float  # the default
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d  # of the discriminator
+    detail: Callable[[], nn.Module] = nn.Identity  # through which it sees faces
     enough = 0.9  # the accuracy below which the discriminator is behind
     afterwards = 0  # discriminator updates after each of the generator's, whatever the accuracy
 
@@ -463,9 +464,8 @@ class Objective(ABC):
     def constrain(self, discriminator: nn.Module) -> None:
         """What is done to the weights after a discriminator update. Here nothing."""
 
-    def detail_gain(self, images_seen: int) -> float:
-        """How much the discriminator's sight of fine detail is raised, from 0 to 1 (see DetailBoost): not at all."""
-        return 0.0
+    def prepare(self, discriminator: Discriminator, images_seen: int) -> None:
+        """What is done before a minibatch. Here nothing."""
 
 
 class DCGAN(Objective):
@@ -516,16 +516,19 @@ class WGAN(Objective):
 class WGANGP(WGAN):
     """Wasserstein GAN with gradient penalty (arXiv 1704.00028)."""
     norm = InstanceNorm  # BatchNorm would tie a sample's gradient to the rest of its minibatch
+    detail = DetailBoost
     constrain = Objective.constrain  # the penalty takes the place of the clipping
     learning_rate = 4e-4  # four times the paper's: with averaging, faces are nearer to real ones (tests/RESULTS.md)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return self.adam(network, betas=(0.0, 0.999))
 
-    def detail_gain(self, images_seen: int) -> float:
-        """From 0 at 10,000 images to 1 at 40,000, and down to 0.3 at 100,000: from the first on, coarse shapes would
-        come later; for ever, they would vary less and be learnt by heart (tests/RESULTS.md)."""
-        return float(np.interp(images_seen, (10_000, 40_000, 100_000), (0, 1, 0.3)))
+    def prepare(self, discriminator: Discriminator, images_seen: int) -> None:
+        """Raise fine detail, which is learnt last: from 0 at 10,000 images to 1 at 40,000, and down to 0.3 at 100,000.
+        From the first on, coarse shapes would come later; for ever, they would vary less and be learnt by heart
+        (tests/RESULTS.md)."""
+        gain = np.interp(images_seen, (10_000, 40_000, 100_000), (0, 1, 0.3))
+        discriminator.detail.get_buffer("gain").fill_(float(gain))
 
     def penalty(self, discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
         """10 · mean over samples of (‖gradient‖ - 1)² at real·mix + fake·(1 - mix); the Euclidean norm is taken
@@ -640,6 +643,89 @@ class Progress:
             self.generator_updates += 1
 
 
+class Passes:
+    """The forward passes of a minibatch through both networks, then the backward pass of one: all that training
+    computes but for the random numbers and the optimizers' steps."""
+
+    def __init__(self, trainer: Trainer, real: Tensor, z: Tensor, decided: bool = False):
+        """Faces (N, 3, S, S) and latent vectors (N, 128). Where it is decided that the discriminator trains, the
+        generator needs no graph."""
+        self.trainer, objective = trainer, trainer.objective
+        with trainer.autocast():
+            with torch.set_grad_enabled(not decided):
+                self.fake = trainer.generator(z)
+            self.real = real.to(self.fake.dtype)
+            scores = trainer.discriminator(self.real), trainer.discriminator(self.fake)
+        self.losses = {"discriminator": objective.discriminator_loss(*scores),
+                       "generator": objective.generator_loss(scores[1])}
+        measured = torch.stack([*objective.accuracies(*scores), *self.losses.values()]).detach()
+        self.row = F.pad(measured, (0, 2), value=math.nan)  # COLUMNS
+
+    def backward(self, turn: str, mix: Tensor, retain_graph: bool = False) -> None:
+        """Give the weights of one network, and of no other, the gradient of its loss. mix (N,) in [0, 1] says where
+        between real and generated faces the discriminator's penalty looks."""
+        trainer, loss = self.trainer, self.losses[turn]
+        if turn == "discriminator":
+            with trainer.autocast():
+                penalty = trainer.objective.penalty(trainer.discriminator, self.real, self.fake.detach(),
+                                                    mix.to(self.fake.dtype))
+            loss, self.row[4] = loss + penalty, penalty.detach()
+        trainer.optimizers[turn].zero_grad()
+        loss.backward(inputs=list(trainer.networks[turn].parameters()), retain_graph=retain_graph)
+
+
+class RecordedPasses:
+    """Passes of minibatches of one size as CUDA graphs: three launches in the place of a thousand, which take a host
+    several times as long as a fast GPU computes. Nothing that is recorded may wait for the device."""
+
+    def __init__(self, trainer: Trainer, real: Tensor, z: Tensor):
+        """RuntimeError where this device, or this torch, does not record, or replays something else."""
+        self.trainer, self.real, self.z, self.mix = trainer, real.clone(), z.clone(), z[:, 0].sigmoid()
+        self.graphs = {name: torch.cuda.CUDAGraph() for name in ("forward", *trainer.optimizers)}
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):  # libraries make their plans before anything is recorded
+            self.compute(lambda name: nullcontext())
+        pool = torch.cuda.graph_pool_handle()
+        self.row = self.compute(lambda name: torch.cuda.graph(self.graphs[name], pool)).row
+        self.gradients = {turn: [weight.grad for weight in network.parameters()]
+                          for turn, network in trainer.networks.items() if turn in trainer.optimizers}
+        self.check(real.flip(3), -z, 1 - self.mix)
+
+    def compute(self, recording: Callable) -> Passes:
+        """All passes of a minibatch, each within the context that `recording` makes of its name."""
+        with recording("forward"):
+            passes = Passes(self.trainer, self.real, self.z)
+        for turn in self.trainer.optimizers:
+            with recording(turn):
+                passes.backward(turn, self.mix, retain_graph=True)
+        return passes
+
+    def check(self, real: Tensor, z: Tensor, mix: Tensor) -> None:
+        """RuntimeError where gradients replayed for these inputs are not those computed without a recording."""
+        for turn in self.trainer.optimizers:
+            gradients = []
+            for passes in (Passes(self.trainer, real, z), self.forward(real, z)):
+                passes.backward(turn, mix)
+                weights = self.trainer.networks[turn].parameters()
+                gradients.append(torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None]))
+            if not (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm():  # bf16 alone makes 0.01
+                raise RuntimeError(f"recorded passes of the {turn} compute something else")
+
+    def forward(self, real: Tensor, z: Tensor) -> RecordedPasses:
+        """What Passes(trainer, real, z) computes."""
+        self.real.copy_(real)
+        self.z.copy_(z)
+        self.graphs["forward"].replay()
+        return self
+
+    def backward(self, turn: str, mix: Tensor) -> None:
+        """Passes.backward."""
+        self.mix.copy_(mix)
+        self.graphs[turn].replay()
+        for weight, gradient in zip(self.trainer.networks[turn].parameters(), self.gradients[turn], strict=True):
+            weight.grad = gradient
+
+
 class Trainer:
     """Generator and discriminator, the averaged generator, the optimizers, the balance between them and the random
     numbers of a run: all that training changes."""
@@ -648,9 +734,10 @@ class Trainer:
         self.ranks, self.device, self.progress = ranks or Ranks(), device, Progress()
         self.objective = OBJECTIVES[settings.model](settings)
         self.balance = Balance(settings.balance, self.objective.enough, self.objective.afterwards)
-        self.generator = channels_last(seeded(settings.seed, Generator, size, settings.width), device)
+        shape = size, settings.width
+        self.generator = channels_last(seeded(settings.seed, Generator, *shape), device)
         self.discriminator = channels_last(
-            seeded(settings.seed, Discriminator, size, settings.width, self.objective.norm), device)
+            seeded(settings.seed, Discriminator, *shape, self.objective.norm, self.objective.detail), device)
         self.averaged = copy.deepcopy(self.generator)
         self.networks = {"generator": self.generator, "discriminator": self.discriminator, "averaged": self.averaged}
         self.optimizers = {turn: self.objective.optimizer(network) for turn, network in self.networks.items()
@@ -660,59 +747,52 @@ class Trainer:
         self.precision, self.may_choose = pick_precision(settings.precision, device), settings.precision == "auto"
         self.autocast = autocast(device, self.precision)
         self.rows: list[Tensor] = []  # COLUMNS of each minibatch of the unfinished epoch
+        self.recorded: RecordedPasses | None = None
+        self.records = device.type == "cuda" and self.ranks.count == 1
 
     def train_minibatch(self, real: Tensor) -> None:
         """Train the network whose turn it is on faces (N, 3, S, S) in [-1, 1], this rank's part of a minibatch."""
         objective, faces = self.objective, self.ranks.batch_size or len(real)
         # All ranks draw the random numbers of all, so that any number of them goes on with a run in the same way.
         z = torch.randn(faces, LATENT_SIZE, generator=self.rng, device=self.device)[self.ranks.part]
-        # Fine detail is learnt last; for a while the discriminator is shown more of it.
-        self.discriminator.detail.gain = objective.detail_gain(self.progress.images_seen)
-        with self.autocast():
-            # One forward pass measures and trains; where it is the discriminator's turn anyway, G needs no graph.
-            with torch.set_grad_enabled(not self.balance.decided):
-                fake = self.generator(z)
-            real = real.to(fake.dtype)
-            scores = self.discriminator(real), self.discriminator(fake)
-        losses = objective.discriminator_loss(*scores), objective.generator_loss(scores[1])
-        row = F.pad(torch.stack([*objective.accuracies(*scores), *losses]).detach(), (0, 2), value=math.nan)
+        mix = torch.rand(faces, generator=self.rng, device=self.device)[self.ranks.part]
+        objective.prepare(self.discriminator, self.progress.images_seen)
+        passes = self.passes(real, z)
+        row = passes.row
         self.ranks.average(row[:4])
         # The one that is behind trains on this minibatch: only to decide this does the host wait for the device.
         turn = self.balance.choose(*row[:2])
-        loss = losses[turn == "generator"]
+        passes.backward(turn, mix)
+        row[5] = turn == "discriminator"
+        weights = self.networks[turn].parameters()
+        self.ranks.average(row[4:5], *(weight.grad for weight in weights if weight.grad is not None))
+        self.optimizers[turn].step()
         if turn == "discriminator":
-            mix = torch.rand(faces, generator=self.rng, device=self.device)[self.ranks.part].to(fake.dtype)
-            with self.autocast():  # WGAN-GP's: a critic's slope between real and generated faces shall be 1
-                penalty = objective.penalty(self.discriminator, real, fake.detach(), mix)
-            loss, row[4] = loss + penalty, penalty.detach()
-        self.step(turn, loss, row)
+            objective.constrain(self.discriminator)
         self.progress.count(faces, turn)
         # Faces of averaged weights are better than those of any one moment (arXiv 1710.10196): these are what is kept.
         if turn == "generator":
             self.move_average()
-        self.rows.append(row)
+        self.rows.append(row.clone())
 
-    def step(self, turn: str, loss: Tensor, row: Tensor) -> None:
-        """One optimizer step of one network, down the gradient of its weights alone: no other's is computed."""
-        weights, optimizer = list(self.networks[turn].parameters()), self.optimizers[turn]
-        optimizer.zero_grad()
-        loss.backward(inputs=weights)
-        row[5] = turn == "discriminator"
-        self.ranks.average(row[4:5], *(weight.grad for weight in weights if weight.grad is not None))
-        optimizer.step()
-        if turn == "discriminator":
-            self.objective.constrain(self.discriminator)
+    def passes(self, real: Tensor, z: Tensor) -> Passes | RecordedPasses:
+        """The forward passes of a minibatch; on a GPU recorded ones."""
+        if self.records:
+            try:
+                self.recorded = self.recorded or RecordedPasses(self, real, z)
+                return self.recorded.forward(real, z)
+            except RuntimeError as error:
+                self.records = False
+                say(f"this GPU trains without recorded minibatches, which is slower: {one_line(error)}")
+        return Passes(self, real, z, self.balance.decided)
 
-    @torch.no_grad()
     def move_average(self) -> None:
-        """Let the average of the generator's weights and BatchNorm statistics forget as much as is due since it last
-        did: it has a half-life."""
+        """Let the average of the generator's weights forget as much as is due since it last did: it has a half-life."""
         progress = self.progress
         half_lives = (progress.images_seen - progress.averaged_at) / (AVERAGE_HALF_LIFE * progress.images_seen)
         progress.averaged_at = progress.images_seen
-        values = zip(self.averaged.state_dict().values(), self.generator.state_dict().values(), strict=True)
-        for mean, value in values:  # the one that is no float is BatchNorm's counter
-            mean.lerp_(value, 1 - 0.5 ** half_lives) if mean.is_floating_point() else mean.copy_(value)
+        average = get_ema_multi_avg_fn(0.5 ** half_lives)
+        average([*self.averaged.parameters()], [*self.generator.parameters()], None)
 
     def take_statistics(self) -> None:
         """Give the averaged generator the BatchNorm statistics of its own activations: the mean of those that past
@@ -948,9 +1028,10 @@ class TrainingFaces:
         Every second face of a minibatch is mirrored; which ones these are is another matter of chance each epoch. So
         faces count twice, and are learnt by heart later (tests/RESULTS.md)."""
         order = torch.randperm(self.count, generator=random_stream(f"order of epoch {number}", self.seed))
+        order = order.to(self.images.device)
         mirrored = slice((self.ranks.part.start or 0) % 2, None, 2)  # the same ones for any number of ranks
         for chosen in order.split(self.batch_size)[first:self.minibatches]:
-            images = self.images[chosen[self.ranks.part].to(self.images.device)].to(self.device)
+            images = self.images[chosen[self.ranks.part]].to(self.device)
             real = to_face(images).contiguous(memory_format=torch.channels_last)
             real[mirrored] = real[mirrored].flip(3)
             yield real

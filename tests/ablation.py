@@ -123,12 +123,14 @@ def no_bias():
 
 def plain_detail():
     """The critic sees fine detail as it is."""
-    gan.WGANGP.detail_gain = gan.Objective.detail_gain
+    gan.WGANGP.detail = torch.nn.Identity
+    gan.WGANGP.prepare = gan.Objective.prepare
 
 
 def lasting_detail():
     """Fine detail stays raised as high as it has risen."""
-    gan.WGANGP.detail_gain = lambda self, images_seen: min(1.0, max(0.0, (images_seen - 10_000) / 30_000))
+    prepare = gan.WGANGP.prepare
+    gan.WGANGP.prepare = lambda self, discriminator, images_seen: prepare(self, discriminator, min(images_seen, 40_000))
 
 
 def unfiltered():

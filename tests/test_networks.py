@@ -76,7 +76,7 @@ def test_fine_detail_is_raised():
     board = torch.tensor([[1.0, -1], [-1, 1]], dtype=torch.double).repeat(side // 2, side // 2)
     x = torch.stack([torch.full_like(board, 0.3), board, wave])[None]
     assert torch.equal(detail(x), x)
-    detail.gain = 1.0
+    detail.gain.fill_(1)
     constant, fine, waves = detail(x)[0]
     a = math.cos(math.pi / 10) ** 4
     b = a * math.cos(2 * math.pi / 10) ** 4
