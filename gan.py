@@ -2609,6 +2609,8 @@ def generate(settings: GenerateSettings) -> int:
     kind = FILMS.get(Path(film).suffix.lower()) if film else None
     if film and not kind:
         raise UserError(f"{film} ends in none of {', '.join(FILMS)}: choose one")
+    if settings.vectors and settings.best_of > 1:
+        raise UserError("--best-of chooses among new faces: leave it out where --vectors names yours")
     if settings.vectors:
         z = read_vectors(Path(settings.vectors))
     else:

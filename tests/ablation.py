@@ -40,6 +40,12 @@ class Trainer(gan.Trainer):
             gan.AVERAGE_HALF_LIFE, self.averaged, self.progress.averaged_at = ramp, network, since
             super().move_average()
 
+    def take_statistics(self):
+        usual = self.averaged
+        for network in (*self.averages.values(), usual):
+            self.averaged = network
+            super().take_statistics()
+
 
 def decay(images: int):
     """Learning rates fall with the square root of the images seen, from so many on."""

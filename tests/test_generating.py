@@ -114,6 +114,8 @@ def test_faces_of_saved_vectors(trained, tmp_path, capsys):
         faces = [gan.np.asarray(gan.Image.open(path)) for path in sorted((tmp_path / "faces").glob("*.png"))]
         assert len(faces) == len(which)
         assert gan.np.abs(gan.np.stack(faces).astype(int) - expected[which]).max() <= 1
+    assert gan.main(["generate", "--run", str(trained), "--vectors", str(tmp_path / "z.json"), "--best-of", "2"]) == 1
+    assert "--best-of chooses among new faces" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "[1, 2]", "7", "null", '{"values": 3}', "[" * 9000, json.dumps([[0.0] * 127]),

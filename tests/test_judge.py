@@ -175,40 +175,6 @@ def test_neighbourhoods_are_the_papers():
     assert gan.neighbourhoods(real, fake, k=3) == pytest.approx(expected)
 
 
-def test_the_pyramid_holds_the_image():
-    """Its levels, enlarged again and added, are the image; the sides are halved down to 16 or more."""
-    images = torch.randint(0, 256, (2, 3, 80, 80), dtype=torch.uint8)
-    levels = perceptual.laplacian_pyramid(images)
-    assert [level.shape[-1] for level in levels] == [80, 40, 20]
-    kernel = 4 * torch.tensor([1.0, 4, 6, 4, 1]).outer(torch.tensor([1.0, 4, 6, 4, 1])).expand(3, 1, 5, 5) / 256
-    x, inside = levels[-1], slice(16, -16)  # at the edges the enlarged image is mirrored
-    for level in levels[-2::-1]:
-        x = level + functional.conv_transpose2d(x, kernel, stride=2, padding=2, output_padding=1, groups=3)
-    assert torch.allclose(x[..., inside, inside], gan.to_face(images)[..., inside, inside], atol=1e-5)
-    flat = perceptual.laplacian_pyramid(torch.full((1, 3, 80, 80), 200, dtype=torch.uint8))
-    assert all(level.abs().max() < 1e-6 for level in flat[:-1])
-
-
-def test_sliced_wasserstein_of_itself_is_zero(faces):
-    """And contrast or brightness alone is no distance: patches have mean 0 and variance 1."""
-    images = faces[1][:100]
-    distance = perceptual.SlicedWasserstein(images)
-    assert distance(images) == pytest.approx([0] * len(distance.real))
-    dark = images // 2
-    assert max(perceptual.SlicedWasserstein(dark)(2 * dark)) < 0.01 < 20 < min(distance(repeated(images, 2)))
-
-
-def test_patches_reach_the_edges(faces):
-    """Places are from 0 to 1 in height and width: 0 is the first row or column, and 1, which rounding can reach, not
-    beyond the last."""
-    images = faces[0][:2, :, :20, :20]  # too small for a second level
-    places = torch.tensor([[0.0, 1, 1], [0, 0, 1]]).expand(2, 2, 3)
-    found, = perceptual.SlicedWasserstein(images).patches(images, places)
-    x = gan.to_face(images)
-    corners = [x[..., :7, :7], x[..., -7:, :7], x[..., -7:, -7:]]
-    assert torch.equal(found, torch.stack(corners, 1).flatten(0, 1))
-
-
 def test_rank_correlation_is_spearmans():
     """1 for the same order, whatever the distances, -1 for the reverse; between, Spearman's formula for lists without
     ties: 1 - 6 Σ d² / (n (n² - 1)). Equal values share a rank, whatever their order."""
