@@ -252,8 +252,9 @@ def test_grids_of_any_epoch_are_shown(trained, tmp_path):
     assert [site.respond("GET", f"/samples/{epoch}").status for epoch in (10_001, 10 ** 7 + 1)] == [404, 400]
 
 
-def test_without_the_dataset_neighbours_are_a_404(trained, tmp_path):
+def test_without_the_dataset_neighbours_are_a_404(trained, tmp_path, monkeypatch):
     """With a line that says so."""
+    monkeypatch.chdir(tmp_path)  # where no other dataset is called data
     run = vivid_copy(trained, tmp_path)
     state = gan.read_checkpoint(run / "last.pt")
     state["settings"]["data"] = "gone"
