@@ -655,7 +655,7 @@ class Passes:
             with torch.set_grad_enabled(not decided):
                 self.fake = trainer.generator(z)
             self.real = real.to(self.fake.dtype)
-            scores = trainer.discriminator(self.real), trainer.discriminator(self.fake)
+            scores = trainer.discriminator(self.real), trainer.discriminator(self.fake)  # these measure, and train
         self.losses = {"discriminator": objective.discriminator_loss(*scores),
                        "generator": objective.generator_loss(scores[1])}
         measured = torch.stack([*objective.accuracies(*scores), *self.losses.values()]).detach()
@@ -680,15 +680,15 @@ class RecordedPasses:
 
     def __init__(self, trainer: Trainer, real: Tensor, z: Tensor):
         """RuntimeError where this device, or this torch, does not record, or replays something else."""
-        self.trainer, self.real, self.z, self.mix = trainer, real.clone(), z.clone(), z[:, 0].sigmoid()
+        self.trainer, self.real, self.z, self.mix = trainer, real.clone(), z.clone(), torch.rand_like(z[:, 0])
         self.graphs = {name: torch.cuda.CUDAGraph() for name in ("forward", *trainer.optimizers)}
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):  # libraries make their plans before anything is recorded
             self.compute(lambda name: nullcontext())
         pool = torch.cuda.graph_pool_handle()
         self.row = self.compute(lambda name: torch.cuda.graph(self.graphs[name], pool)).row
-        self.gradients = {turn: [weight.grad for weight in network.parameters()]
-                          for turn, network in trainer.networks.items() if turn in trainer.optimizers}
+        self.gradients = {turn: [weight.grad for weight in trainer.networks[turn].parameters()]
+                          for turn in trainer.optimizers}
         self.check(real.flip(3), -z, 1 - self.mix)
 
     def compute(self, recording: Callable) -> Passes:
@@ -708,8 +708,9 @@ class RecordedPasses:
                 passes.backward(turn, mix)
                 weights = self.trainer.networks[turn].parameters()
                 gradients.append(torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None]))
-            if not (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm():  # bf16 alone makes 0.01
-                raise RuntimeError(f"recorded passes of the {turn} compute something else")
+            difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+            if not difference < 0.05:  # the same kernels; sums in another order make up to 0.1 in bf16
+                raise RuntimeError(f"recorded passes of the {turn} compute something else, by {difference:.2f}")
 
     def forward(self, real: Tensor, z: Tensor) -> RecordedPasses:
         """What Passes(trainer, real, z) computes."""
@@ -1562,6 +1563,7 @@ class Run:
         end."""
         if trainer.progress.minibatch:
             trainer.check_finite()
+            trainer.take_statistics()  # an epoch's end takes them anew, so stopping changes no run
         state = {"version": CHECKPOINT_FORMAT, "settings": asdict(self.settings), "image_size": self.faces.size,
                  "faces": [file["sha256"] for file in self.faces.files],
                  "scores": self.log[-1].get("scores") if self.log else None, "started_from": self.started_from,

@@ -300,6 +300,24 @@ def test_stopped_in_mid_epoch_it_goes_on_from_that_minibatch(unbroken, dataset, 
     assert same(outcome(run), unbroken(model))
 
 
+def test_faces_of_a_run_that_was_stopped_are_of_its_weights(dataset, tmp_path, monkeypatch):
+    """In the middle of its first epoch, too, the averaged generator is saved with BatchNorm statistics of its own: those
+    of the untrained one would make white faces. To take them anew changes nothing."""
+    real = gan.Trainer.train_minibatch
+
+    def interrupted(trainer, *arguments):
+        real(trainer, *arguments)
+        if trainer.progress.generator_updates == 1:  # its second minibatch of four
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(gan.Trainer, "train_minibatch", interrupted)
+    assert gan.train(settings(dataset, tmp_path / "run", balance=1, precision="fp32", learning_rate=0.01)) == 130
+    saved = gan.load_generator(tmp_path / "run" / "last.pt", CPU)[0].train()
+    anew = copy.deepcopy(saved)
+    gan.update_bn(gan.sample_latents(gan.STATISTICS_FACES, 2).split(50), anew)
+    for ours, theirs in zip(saved.buffers(), anew.buffers(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(1, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])  # 1: SIGHUP
 def test_a_real_signal_to_a_real_process(dataset, tmp_path, number, code):
