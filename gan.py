@@ -219,15 +219,18 @@ class Generator(nn.Module):
         base, channels = stage_channels(size, width)
         layers = [nn.ConvTranspose2d(LATENT_SIZE, channels[0], base, bias=False),  # (N, 512, 5, 5)
                   Bias(channels[0], base, base),  # or z = 0 would be the same everywhere: no face, and few near it
-                  nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
+                  LatentBatchNorm(channels[0]), nn.ReLU(inplace=True)]
         for before, after in pairwise(channels):  # (N, 256, 10, 10), (N, 128, 20, 20), … (N, 32, 80, 80)
             layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
-                       *([Blur(after)] if after <= width else []), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+                       *([Blur(after)] if after <= width else []), LatentBatchNorm(after), nn.ReLU(inplace=True)]
         layers += [nn.Conv2d(channels[-1], 3, 3, padding=1, bias=False), nn.Tanh()]  # (N, 3, 80, 80)
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layers(z[:, :, None, None])
+        x = z[:, :, None, None]
+        for layer in self.layers:
+            x = layer(x, *layer.changes(z)) if isinstance(layer, LatentBatchNorm) else layer(x)
+        return x
 
 
 class Discriminator(nn.Module):
@@ -267,6 +270,26 @@ class Bias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.bias.to(x.dtype)
+
+
+class LatentBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation, (N, C, H, W) -> same, and then a scale and a shift of each channel that z changes linearly,
+    at first by nothing. So every scale of a face hears z, and faces vary more (arXiv 1810.01365)."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.by_z = nn.Parameter(torch.zeros(LATENT_SIZE, 2 * channels))
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.addcmul(shift.to(x.dtype), super().forward(x), 1 + scale.to(x.dtype))
+
+    def changes(self, z: Tensor) -> tuple[Tensor, ...]:
+        """By what z (N, 128) changes the scale, which is 1, and the shift, which is 0, (N, C, 1, 1) each."""
+        return (z @ self.by_z)[:, :, None, None].chunk(2, 1)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        state_dict.setdefault(f"{prefix}by_z", torch.zeros_like(self.by_z))  # networks of before heard z once alone
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class Blur(nn.Module):
@@ -637,10 +660,8 @@ class Progress:
         """Add a minibatch of so many faces that trained one network."""
         self.minibatch += 1
         self.images_seen += faces
-        if turn == "discriminator":
-            self.discriminator_updates += 1
-        else:
-            self.generator_updates += 1
+        self.discriminator_updates += turn == "discriminator"
+        self.generator_updates += turn == "generator"
 
 
 class Passes:
@@ -847,7 +868,10 @@ class Trainer:
         self.load_networks(state)
         for turn, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]  # ours: some of their flags belong to the device
-            optimizer.load_state_dict({**state["optimizers"][turn], "param_groups": groups})
+            names = [name for name, _ in self.networks[turn].named_parameters()]
+            known = [i for i, name in enumerate(names) if name in state["networks"][turn]]  # not what is new since
+            moments = {known[i]: moment for i, moment in state["optimizers"][turn]["state"].items()}
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.progress = Progress(**state["progress"])
         self.rows = [row.to(self.device) for row in state["stats"][:self.progress.minibatch]]
         if state["settings"]["balance"] == self.balance.rule:
@@ -1685,8 +1709,9 @@ class Judge:
         self.count = min(JUDGED_FACES, max(len(faces), len(held_out)))  # few held-out ones tell more beside many
         self.known = NearestFaces(faces[:2 * JUDGED_FACES], held_out, device)
         self.real = self.known.space(held_out[:JUDGED_FACES])
-        # Not 0, which it is where the held-out faces are training faces
-        self.floor = max(1e-9, frechet_distance(self.real, self.known.features[:self.count]))
+        # 0 where the held-out faces are training faces; then it is what rounding leaves of distances
+        self.floor = max(1e-6 * torch.cov(self.real.T).trace().item(),
+                         frechet_distance(self.real, self.known.features[:self.count]))
 
     def score(self, fake: Tensor) -> dict[str, float]:
         """SCORES of `count` uint8 generated faces.
@@ -2649,20 +2674,37 @@ def jacobian(generator: Generator, z: Tensor) -> Tensor:
     """The derivative of a face's numbers by those of its latent vector z (128,): (3·S·S, 128).
 
     Forward-mode differentiation by hand, in six tenths of the time that torch's takes: convolutions and filters are
-    linear, and what else there is acts on each number alone and so multiplies by a slope. In bf16 where that is native:
-    half the time and 2.5 % of error, which no direction shows."""
+    linear, and what else there is acts on each number alone, with a slope by it, by its scale and by its shift. In bf16
+    where that is native: half the time and 2.5 % of error, which no direction shows."""
     dtype = torch.bfloat16 if pick_precision("auto", z.device) == "bf16" else torch.float32
-    layers: list[Any] = [*copy.deepcopy(generator).eval().to(dtype).layers]
-    x, steps, columns = layers[0](z.to(dtype)[None, :, None, None]), list[Any](), []
+    layers, z = [*copy.deepcopy(generator).eval().to(dtype).layers], z.to(dtype)[None]
+    x, steps, columns = layers[0](z[..., None, None]), list[Any](), []
     for linear, group in groupby(layers[1:], lambda layer: isinstance(layer, nn.ConvTranspose2d | nn.Conv2d | Blur)):
-        part = nn.Sequential(*group)
-        x, step = (part(x), part) if linear else torch.autograd.functional.vjp(part, x, torch.ones_like(x))
-        steps.append(step)
-    for unit_vectors in layers[0].weight.split(32):  # what the first layer makes of them
-        change = unit_vectors
+        part = [*group]
+        if linear:
+            steps.append(nn.Sequential(*part))
+            x = steps[-1](x)
+            continue
+
+        def pointwise(x: Tensor, *changes: Tensor, part: list = part) -> Tensor:
+            for layer in part:
+                x = layer(x, *changes) if isinstance(layer, LatentBatchNorm) else layer(x)
+            return x
+        changes = next((layer.changes for layer in part if isinstance(layer, LatentBatchNorm)), lambda z: ())
+        inputs = x, *(change.expand_as(x) for change in changes(z))
+        x, slopes = torch.autograd.functional.vjp(pointwise, inputs, torch.ones_like(x))
+        steps.append((slopes, changes))
+    for units in torch.eye(LATENT_SIZE, dtype=dtype).split(16):
+        column = layers[0](units[..., None, None])
         for step in steps:
-            change = change.mul_(step) if isinstance(step, Tensor) else step(change)
-        columns.append(change.flatten(1))
+            if isinstance(step, nn.Sequential):
+                column = step(column)
+                continue
+            slopes, changes = step
+            column *= slopes[0]
+            for slope, change in zip(slopes[1:], changes(units)):
+                column.addcmul_(slope, change)
+        columns.append(column.flatten(1))
     return torch.cat(columns).T.float()
 
 
@@ -2835,26 +2877,28 @@ def fit_photo(generator: Generator, target: Tensor, weights: Tensor, most: int =
 # Giving away: the network in one file, as a page that needs no server or as ONNX
 # ================================================================================================
 
-def folded_layers(generator: Generator) -> list[dict]:
-    """A generator in evaluation mode as a list of operations with arrays, in order: convolve, bias, blur, relu, tanh.
-    All convolutions are transposed ones, weights (in, out, kernel, kernel). BatchNorm's scale is folded into the one
-    before it, also through a blur; what it makes of the bias before it is the bias after it."""
+def plain_layers(generator: Generator) -> list[dict]:
+    """A generator in evaluation mode as a list of operations with arrays, in order: convolve, bias, blur, modulate,
+    relu, tanh. All convolutions are transposed ones, weights (in, out, kernel, kernel). To modulate C channels, (1, z)
+    times a matrix (129, 2·C) is what each is multiplied by, then what is added: BatchNorm, and what z changes of it."""
     layers: list[dict] = []
     for layer in generator.layers:
         if isinstance(layer, nn.ConvTranspose2d | nn.Conv2d):
-            kernel, padding, weight = layer.kernel_size[0], int(layer.padding[0]), layer.weight.clone()
+            kernel, padding, weight = layer.kernel_size[0], int(layer.padding[0]), layer.weight
             if isinstance(layer, nn.Conv2d):  # of stride 1: transposed, its kernel is turned round
                 padding, weight = kernel - 1 - padding, weight.transpose(0, 1).flip(2, 3)
             layers.append({"op": "convolve", "in": layer.in_channels, "out": layer.out_channels, "kernel": kernel,
                            "stride": layer.stride[0], "padding": padding, "data": weight})
         elif isinstance(layer, Bias):
             layers.append({"op": "bias", "data": layer.bias})
-        elif isinstance(layer, nn.BatchNorm2d):
-            assert layer.running_var is not None
-            scale = (layer.weight / torch.sqrt(layer.running_var + layer.eps))[:, None, None]
-            bias = layers.pop()["data"] if layers[-1]["op"] == "bias" else torch.zeros_like(scale)
-            next(before for before in reversed(layers) if before["op"] == "convolve")["data"] *= scale
-            layers.append({"op": "bias", "data": layer(bias[None])[0]})
+        elif isinstance(layer, LatentBatchNorm):
+            assert layer.running_mean is not None and layer.running_var is not None
+            factor = layer.weight / torch.sqrt(layer.running_var + layer.eps)
+            normal = torch.stack([factor, layer.bias - factor * layer.running_mean])  # factors and what is added
+            scale, shift = layer.by_z.chunk(2, 1)
+            by_z = normal[:, None] * F.pad(scale, (0, 0, 1, 0), value=1)  # (2, 129, C)
+            by_z[1, 1:] += shift
+            layers.append({"op": "modulate", "data": torch.cat([*by_z], 1)})
         else:
             layers.append({"op": {Blur: "blur", nn.ReLU: "relu", nn.Tanh: "tanh"}[type(layer)]})
     return layers
@@ -2867,7 +2911,7 @@ def network_json(generator: Generator, facts: dict) -> str:
     def packed(array: Tensor) -> str:
         if array.dim() == 4:
             array = F.pad(array, (0, 0, 0, 0, 0, -array.shape[1] % 8)).unflatten(1, (-1, 8)).permute(3, 4, 1, 0, 2)
-        else:
+        elif array.dim() == 3:
             array = array.permute(1, 2, 0)
         return base64.b64encode(array.numpy().astype("<f2").tobytes()).decode()
     average = average_latent(generator)
@@ -2875,7 +2919,7 @@ def network_json(generator: Generator, facts: dict) -> str:
     parts = describe_parts(torch.cat([jacobian(generator, one) for one in z]), generator(z).mean(0))
     return json.dumps({"format": 2, "model": facts["model"], "epoch": facts["epoch"], "image_size": facts["image_size"],
                        "latent_size": LATENT_SIZE, "directions": describe_directions(*strongest_directions(generator)),
-                       "average": tidy(average), **parts, "layers": folded_layers(generator)},
+                       "average": tidy(average), **parts, "layers": plain_layers(generator)},
                       default=packed, separators=(",", ":"))
 
 
@@ -2908,8 +2952,17 @@ def export_onnx(generator: Generator, facts: dict) -> bytes:
         raise UserError("ONNX needs a package: pip install onnx") from None
     nodes, arrays = [helper.make_node("Reshape", ["z", "shape"], ["x0"])], {"shape": np.array([-1, LATENT_SIZE, 1, 1])}
     kinds = {"convolve": "ConvTranspose", "blur": "Conv", "bias": "Add", "relu": "Relu", "tanh": "Tanh"}
-    for i, layer in enumerate(folded_layers(generator)):
+    for i, layer in enumerate(plain_layers(generator)):
         array, sizes = layer.get("data"), dict[str, Any]()
+        if array is not None and layer["op"] == "modulate":
+            arrays |= {f"constant{i}": array[0].numpy(), f"by_z{i}": array[1:].numpy(),
+                       f"shape{i}": np.array([-1, len(array[0]), 1, 1])}
+            nodes += [helper.make_node("Gemm", ["z", f"by_z{i}", f"constant{i}"], [f"changes{i}"]),
+                      helper.make_node("Reshape", [f"changes{i}", f"shape{i}"], [f"spread{i}"]),
+                      helper.make_node("Split", [f"spread{i}"], [f"scale{i}", f"shift{i}"], axis=1),
+                      helper.make_node("Mul", [f"x{i}", f"scale{i}"], [f"m{i}"]),
+                      helper.make_node("Add", [f"m{i}", f"shift{i}"], [f"x{i + 1}"])]
+            continue
         if layer["op"] == "convolve":
             sizes = {"strides": [layer["stride"]] * 2, "pads": [layer["padding"]] * 4}
             channels = layer["out"]

@@ -24,21 +24,43 @@ class Plus(nn.Module):
         return x + self.summand
 
 
+class Modulated(nn.Module):
+    """Batch normalisation, then y + y·(scale of z) + (shift of z)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.by_z = nn.ParameterList([torch.zeros(128, 2 * channels)])  # after the norm's weights
+
+    def forward(self, x, z):
+        y, changes = self.norm(x), (z @ self.by_z[0])[:, :, None, None]
+        scale, shift = changes[:, :len(self.norm.weight)], changes[:, len(self.norm.weight):]
+        return y + y * scale + shift
+
+
+class Generator(nn.Sequential):
+    def forward(self, z):
+        x = z
+        for layer in self:
+            x = layer(x, z) if isinstance(layer, Modulated) else layer(x)
+        return x
+
+
 def low_pass() -> nn.Sequential:
     """(1 2 1)⊗(1 2 1) / 16: the mean of two neighbours, twice."""
     return nn.Sequential(nn.AvgPool2d(2, 1, padding=1), nn.AvgPool2d(2, 1))
 
 
-def generator(size: int = 80, width: int = 64) -> nn.Sequential:
+def generator(size: int = 80, width: int = 64) -> Generator:
     base, channels = stages(size, width)
     layers = [nn.Unflatten(1, (128, 1, 1)), nn.ConvTranspose2d(128, channels[0], base, bias=False),
-              Plus(channels[0], base, base), nn.BatchNorm2d(channels[0]), nn.ReLU()]
+              Plus(channels[0], base, base), Modulated(channels[0]), nn.ReLU()]
     for before, after in pairwise(channels):
         layers += [nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)]
         if after in channels[-2:]:
             layers += [low_pass()]
-        layers += [nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(channels[-1], 3, 3, 1, 1, bias=False), nn.Tanh())
+        layers += [Modulated(after), nn.ReLU()]
+    return Generator(*layers, nn.Conv2d(channels[-1], 3, 3, 1, 1, bias=False), nn.Tanh())
 
 
 def discriminator(model: str, size: int = 80, width: int = 64) -> nn.Sequential:

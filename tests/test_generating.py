@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import hear_z
 
 import gan
 
@@ -19,6 +20,7 @@ def vivid():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.running_mean.normal_(0, 0.1)
             layer.running_var.uniform_(0.005, 0.02)
+    hear_z(generator)
     return generator
 
 

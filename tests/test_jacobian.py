@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import hear_z
 from torch import nn
 
 import gan
@@ -46,6 +47,7 @@ def vivid_generator() -> gan.Generator:
     for layer in generator.layers:
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_var.uniform_(0.005, 0.02)
+    hear_z(generator)
     return generator
 
 
@@ -63,6 +65,7 @@ def test_jacobian_of_a_network_is_its_central_difference():
     for layer in generator.layers:
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_var.uniform_(0.005, 0.02)
+    hear_z(generator)
     found, state = gan.jacobian(generator, z), {name: value.clone() for name, value in generator.state_dict().items()}
     generator.eval().double()
     step = 1e-5 * torch.eye(128, dtype=torch.float64)

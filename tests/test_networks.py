@@ -4,7 +4,7 @@ import math
 import pytest
 import reference
 import torch
-from conftest import cartoon_face
+from conftest import cartoon_face, hear_z
 
 import gan
 
@@ -47,16 +47,29 @@ def test_channels_are_capped_at_eight_widths():
 @pytest.mark.parametrize(("model", "norm"), [("DCGAN", torch.nn.BatchNorm2d), ("WGAN", torch.nn.BatchNorm2d),
                                              ("WGAN-GP", gan.InstanceNorm)])
 def test_weights_are_those_of_the_plain_networks(model, norm):
-    """Same number of layers and weights as the plain reference, and the same results; no biases but the norms' and that
-    of places, no norm on the first layers."""
+    """Same number of layers and weights as the plain reference, and the same results, also where z changes scales and
+    shifts; no biases but the norms' and that of places, no norm on the first layers."""
     assert gan.OBJECTIVES[model].norm is norm
     for ours, plain in ((gan.Generator(80, 8), reference.generator(80, 8)),
                         (gan.Discriminator(80, 8, norm), reference.discriminator(model, 80, 8))):
         assert [p.shape for p in ours.parameters()] == [p.shape for p in plain.parameters()]
+        hear_z(ours)
         for target, source in zip(plain.parameters(), ours.parameters(), strict=True):
             target.data.copy_(source.data)
         x = torch.randn(2, 128) if isinstance(ours, gan.Generator) else torch.randn(2, 3, 80, 80)
         assert torch.allclose(ours(x), plain(x), atol=1e-4)
+
+
+def test_networks_of_before_make_the_same_faces():
+    """A generator without changes by z, as older checkpoints hold it: of the norms alone."""
+    before = gan.Generator(32, 8)
+    after, state = gan.Generator(32, 8), {name: value for name, value in before.state_dict().items() if "by_z" not in name}
+    hear_z(after)
+    z, kept = torch.randn(2, 128), len(state)
+    after.load_state_dict(state)
+    assert torch.equal(before(z), after(z)) and len(state) == kept
+    with pytest.raises(RuntimeError, match="layers.2.weight"):  # nothing else may be missing
+        after.load_state_dict({name: value for name, value in state.items() if name != "layers.2.weight"})
 
 
 def test_the_filter_is_the_binomial_one():
@@ -89,9 +102,10 @@ def test_a_face_can_be_learned_at_zero():
     """DCGAN's first layer makes the same of z = 0 at all places, whatever its weights; with the bias of places not."""
     network, z = gan.Generator(80, 8).eval(), torch.zeros(1, gan.LATENT_SIZE)
     with torch.no_grad():
-        assert network.layers[:3](z[:, :, None, None]).std((2, 3)).max() == 0
-        network.layers[1].bias.normal_()
-        assert network.layers[:3](z[:, :, None, None]).std((2, 3)).min() > 0.1
+        convolution, bias, norm = network.layers[:3]
+        assert norm(bias(convolution(z[:, :, None, None])), *norm.changes(z)).std((2, 3)).max() == 0
+        bias.bias.normal_()
+        assert norm(bias(convolution(z[:, :, None, None])), *norm.changes(z)).std((2, 3)).min() > 0.1
 
 
 def test_instance_norm_equals_the_librarys():

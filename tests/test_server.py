@@ -23,7 +23,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, hear_z
 from PIL import Image
 from soak import PATIENCE, bombard, connect, faces, read_all, request, statuses, talk
 
@@ -48,6 +48,7 @@ def vivid_copy(trained: Path, folder: Path) -> Path:
             if isinstance(layer, torch.nn.BatchNorm2d):
                 layer.reset_running_stats()
                 layer.momentum = None
+        hear_z(generator)
         with torch.no_grad():
             generator(gan.sample_latents(200, seed=0))
             generator.layers[-2].weight *= gain

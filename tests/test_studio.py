@@ -415,6 +415,10 @@ def evaluate(layers: list[dict], z: np.ndarray) -> np.ndarray:
         elif layer["op"] == "bias":
             bias = np.frombuffer(base64.b64decode(layer["data"]), "<f2").astype(np.float32)
             x = x + bias.reshape(x.shape if len(bias) == x.size else (-1,))
+        elif layer["op"] == "modulate":
+            matrix = np.frombuffer(base64.b64decode(layer["data"]), "<f2").astype(np.float32).reshape(129, 2, -1)
+            factor, summand = np.tensordot([1, *z], matrix, 1)
+            x = x * factor + summand
         else:
             x = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh}[layer["op"]](x)
     return np.clip(np.round((x + 1) * 127.5), 0, 255)
