@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest has a worker on each core
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell's & ignores Ctrl-C; what tests start inherits that
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup a closed terminal
 
 import gan  # noqa: E402
 
@@ -19,6 +21,13 @@ import gan  # noqa: E402
 def cartoon_face(seed: int, index: int, size: int) -> np.ndarray:
     """Cartoon face number `index` as (size, size, 3) uint8."""
     return np.asarray(gan.cartoon_face(np.random.default_rng([seed, index]), size))
+
+
+def hear_z(generator: gan.Generator) -> None:
+    """Give z something to say about each scale and shift, as training does: at first it changes nothing."""
+    for name, weight in generator.named_parameters():
+        if "by_z" in name:
+            weight.data.normal_(0, 0.02)
 
 
 def run_gan(*arguments, cwd, timeout=120, **options) -> subprocess.CompletedProcess:

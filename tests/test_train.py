@@ -3,6 +3,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -568,7 +569,7 @@ def test_a_new_run_begins_with_the_networks_of_another(trained, dataset, tmp_pat
     gan.prepare(gan.PrepareSettings(demo=True, data=str(tmp_path / "few"), size=32, limit=20, seed=5))
     assert gan.train(settings(tmp_path / "few", run, epochs=1, start_from=str(path))) == 0
     assert f"beginning with the networks of {path}, epoch 2" in capsys.readouterr().out
-    new = gan.Trainer(settings("", "", precision="fp32"), 32, CPU).state()
+    new = gan.Trainer(settings("", ""), 32, CPU).state()
     assert same(found[0]["networks"], gan.read_checkpoint(path)["networks"])
     assert same({**found[0], "networks": 0}, {**new, "networks": 0})
     origin = {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "run": str(trained), "epoch": 2}
@@ -601,6 +602,27 @@ def test_networks_that_do_not_fit_are_refused(trained, dataset, tmp_path, change
         gan.train(settings(dataset, tmp_path / "run", start_from=str(path), **changes))
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run" / "config.json").exists() and not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_a_run_of_before_goes_on(trained, dataset, tmp_path):
+    """One whose generator did not hear z at every scale: what the optimizer knew of each weight is still of that weight."""
+    state = gan.read_checkpoint(trained / "last.pt")
+    names = [name for name, _ in gan.Generator(32, 4).named_parameters()]
+    kept = [name for name in names if "by_z" not in name]
+    moments = state["optimizers"]["generator"]["state"]
+    expected = {name: moments[names.index(name)]["exp_avg_sq"] for name in kept}
+    state["optimizers"]["generator"]["state"] = {i: moments[names.index(name)] for i, name in enumerate(kept)}
+    for network in ("generator", "averaged"):
+        state["networks"][network] = {k: v for k, v in state["networks"][network].items() if "by_z" not in k}
+    trainer = gan.Trainer(settings(dataset, tmp_path), 32, CPU)
+    trainer.load_state(state)
+    weights = dict(trainer.generator.named_parameters())
+    assert {name: trainer.optimizers["generator"].state[weights[name]]["exp_avg_sq"].tolist() for name in kept} == {
+        name: moment.tolist() for name, moment in expected.items()}
+    shutil.copytree(trained, tmp_path / "run")
+    gan.write_checkpoint(tmp_path / "run" / "last.pt", state)
+    assert gan.train(settings(dataset, tmp_path / "run", epochs=5)) == 0
+    assert gan.read_checkpoint(tmp_path / "run" / "last.pt")["networks"]["averaged"]["layers.2.by_z"].any()
 
 
 def test_going_on_from_a_kept_checkpoint(unbroken, dataset, tmp_path):
