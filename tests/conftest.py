@@ -1,5 +1,6 @@
 """What the tests share: a small dataset of cartoon faces and a small trained run, made once a session."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -16,6 +18,9 @@ if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup a closed terminal
 
 import gan  # noqa: E402
+
+CPU = torch.device("cpu")
+FILES = {"last": "last.pt", "2": "epoch-00002.pt", "4": "epoch-00004.pt"}
 
 
 def cartoon_face(seed: int, index: int, size: int) -> np.ndarray:
@@ -52,3 +57,36 @@ def trained(dataset, tmp_path_factory) -> Path:
                                  keep_every=2, save_every=1)
     assert gan.train(settings) == 0
     return run
+
+
+@pytest.fixture(scope="session")
+def run(trained, tmp_path_factory) -> Path:
+    """A copy of it with the BatchNorm statistics of many faces and its last layers scaled, each checkpoint's otherwise:
+    after so few steps faces are grey. Read only."""
+    run = shutil.copytree(trained, tmp_path_factory.mktemp("vivid") / "run")
+    for file, gain in zip(FILES.values(), (3, -3, 1.5)):
+        state = gan.read_checkpoint(run / file)
+        generator = gan.Generator(state["image_size"], state["settings"]["width"])
+        generator.load_state_dict(state["networks"]["averaged"])
+        for layer in generator.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.reset_running_stats()
+                layer.momentum = None
+        hear_z(generator)
+        with torch.no_grad():
+            generator(gan.sample_latents(200, seed=0))
+            generator.layers[-2].weight *= gain
+        state["networks"]["averaged"] = generator.state_dict()
+        gan.write_checkpoint(run / file, state)
+    return run
+
+
+@pytest.fixture
+def copied(run, tmp_path) -> Path:
+    """A copy of it that a test may change."""
+    return shutil.copytree(run, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def site(run) -> gan.Site:
+    return gan.Site(run, None, CPU)

@@ -12,10 +12,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
-from conftest import cartoon_face
+from conftest import CPU, FILES, cartoon_face
 from PIL import Image
 from soak import PATIENCE
-from test_server import BASE, CPU, FILES, oracle, same, serving, vivid_copy
+from test_server import BASE, oracle, same, serving
 
 import gan
 
@@ -53,7 +53,7 @@ class Watched(gan.Site):
         return super().respond(method, target)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser():
     """Headless Chromium; without it the tests are skipped, or fail where CI must have it."""
     missing = pytest.fail if os.environ.get("CI") else pytest.skip
@@ -73,12 +73,7 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def run(trained, tmp_path_factory):
-    return vivid_copy(trained, tmp_path_factory.mktemp("vivid"))
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(run):
     with serving(Watched(run)) as server:
         yield server

@@ -23,39 +23,16 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, hear_z
+from conftest import CPU, FILES, ROOT
 from PIL import Image
 from soak import PATIENCE, bombard, connect, faces, read_all, request, statuses, talk
 
 import gan
 
-CPU = torch.device("cpu")
 BASE = [round(v, 2) for v in np.random.default_rng(5).normal(size=128).clip(-3, 3).tolist()]
-FILES = {"last": "last.pt", "2": "epoch-00002.pt", "4": "epoch-00004.pt"}
 
 
 # ---- helpers, some of them also for test_page.py ----
-
-def vivid_copy(trained: Path, folder: Path) -> Path:
-    """A copy of the run with the BatchNorm statistics of many faces and its last layers scaled, each checkpoint's
-    otherwise: after so few steps faces are grey."""
-    run = shutil.copytree(trained, folder / "run")
-    for file, gain in zip(FILES.values(), (3, -3, 1.5)):
-        state = gan.read_checkpoint(run / file)
-        generator = gan.Generator(state["image_size"], state["settings"]["width"])
-        generator.load_state_dict(state["networks"]["averaged"])
-        for layer in generator.modules():
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                layer.reset_running_stats()
-                layer.momentum = None
-        hear_z(generator)
-        with torch.no_grad():
-            generator(gan.sample_latents(200, seed=0))
-            generator.layers[-2].weight *= gain
-        state["networks"]["averaged"] = generator.state_dict()
-        gan.write_checkpoint(run / file, state)
-    return run
-
 
 def oracle(path: Path, values, precision=nullcontext) -> np.ndarray:
     """The face (S, S, 3) of one vector, generated in float32 from the checkpoint file without any of gan.py's code for
@@ -98,23 +75,6 @@ def serving(site: gan.Site, host="127.0.0.1"):
         finally:
             server.shutdown()
             thread.join()
-
-
-@pytest.fixture(scope="module")
-def run(trained, tmp_path_factory):
-    """A run whose faces differ from each other; read only."""
-    return vivid_copy(trained, tmp_path_factory.mktemp("vivid"))
-
-
-@pytest.fixture
-def copied(run, tmp_path):
-    """A copy of it that a test may change."""
-    return shutil.copytree(run, tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def site(run):
-    return gan.Site(run, None, CPU)
 
 
 @pytest.fixture(scope="module")

@@ -11,26 +11,15 @@ from http.client import HTTPConnection
 import numpy as np
 import pytest
 import torch
-from conftest import run_gan
+from conftest import CPU, FILES, run_gan
 from PIL import Image
 from soak import PATIENCE, connect, read_all, request, statuses, talk
-from test_server import BASE, CPU, FILES, ask, changed, oracle, picture, same, serving, target, vivid_copy
+from test_server import BASE, ask, changed, oracle, picture, same, serving, target
 
 import gan
 
 SIZE = 32
 MASK = [1.0] * (SIZE * SIZE // 2) + [0.0] * (SIZE * SIZE // 2)
-
-
-@pytest.fixture(scope="module")
-def run(trained, tmp_path_factory):
-    """A run whose faces differ from each other."""
-    return vivid_copy(trained, tmp_path_factory.mktemp("studio"))
-
-
-@pytest.fixture(scope="module")
-def site(run):
-    return gan.Site(run, None, CPU)
 
 
 def post(site, path, body=None, **more):
@@ -164,28 +153,26 @@ def test_a_photo_becomes_a_face_step_by_step(site, run):
     assert found["done"] and distances == sorted(distances, reverse=True) and distances[-1] < 0.6 * distances[0]
 
 
-def test_the_grids_and_the_log_of_a_run_are_told(trained, tmp_path):
+def test_the_grids_and_the_log_of_a_run_are_told(copied):
     """As they lie there, also those that came after the server began; the log thinned to a thousand, judged ones first."""
-    run = vivid_copy(trained, tmp_path)
-    site = gan.Site(run, None, CPU)
+    site = gan.Site(copied, None, CPU)
     epochs = get(site, "/api/samples")["epochs"]
     assert epochs[0] == 0 and epochs[-1] == 4 and get(site, "/api/samples")["tile"] == SIZE
-    (run / "samples" / "epoch-00007.png").write_bytes((run / "samples" / "epoch-00004.png").read_bytes())
+    (copied / "samples" / "epoch-00007.png").write_bytes((copied / "samples" / "epoch-00004.png").read_bytes())
     assert get(site, "/api/samples")["epochs"] == [*epochs, 7]
-    assert get(site, "/samples/7").body == (run / "samples" / "epoch-00004.png").read_bytes()
+    assert get(site, "/samples/7").body == (copied / "samples" / "epoch-00004.png").read_bytes()
     assert [line["epoch"] for line in get(site, "/api/log")["lines"]] == [1, 2, 3, 4]
     lines = [{"epoch": epoch} | ({"scores": {}} if epoch % 50 == 0 else {}) for epoch in range(1, 5002)]
-    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (copied / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = [line["epoch"] for line in get(site, "/api/log")["lines"]]
     assert len(told) <= 1000 and told[-1] == 5001 and set(range(50, 5001, 50)) <= set(told) and told == sorted(told)
 
 
-def test_a_run_is_a_film(trained, tmp_path):
+def test_a_run_is_a_film(copied):
     """A frame a grid: of one face, of all."""
-    run = vivid_copy(trained, tmp_path)
-    for epoch, grid in enumerate(sorted((run / "samples").glob("epoch-*.png"))):  # equal frames would be merged
+    for epoch, grid in enumerate(sorted((copied / "samples").glob("epoch-*.png"))):  # equal frames would be merged
         gan.write_grid(grid, torch.full((100, 3, SIZE, SIZE), 40 * epoch, dtype=torch.uint8))
-    site = gan.Site(run, None, CPU)
+    site = gan.Site(copied, None, CPU)
     for path, side in (("/api/timelapse?face=11", 3 * SIZE), ("/api/timelapse", (10 * (SIZE + 2) + 2) // 2)):
         response = get(site, path)
         with Image.open(io.BytesIO(response.body)) as film:
@@ -228,14 +215,13 @@ def test_of_some_faces_the_most_realistic_is_told(site, run, dataset, monkeypatc
         assert post(gan.Site(run, None, CPU), "/api/best", vectors=[BASE] * 3) == {"best": best}
 
 
-def test_neighbours_among_other_faces_than_the_networks_are_a_404(trained, tmp_path):
+def test_neighbours_among_other_faces_than_the_networks_are_a_404(copied, tmp_path):
     """Where another dataset has taken the place of its own."""
-    run = vivid_copy(trained, tmp_path)
     gan.prepare(gan.PrepareSettings(demo=True, data=str(tmp_path / "data"), size=SIZE, limit=20))
-    state = gan.read_checkpoint(run / "last.pt")
+    state = gan.read_checkpoint(copied / "last.pt")
     state["settings"]["data"] = str(tmp_path / "data")
-    gan.write_checkpoint(run / "last.pt", state)
-    response = post(gan.Site(run, None, CPU), "/api/neighbours", values=BASE)
+    gan.write_checkpoint(copied / "last.pt", state)
+    response = post(gan.Site(copied, None, CPU), "/api/neighbours", values=BASE)
     assert response.status == 404 and b"holds other faces than those that this network was trained on" in response.body
 
 
@@ -252,14 +238,13 @@ def test_grids_of_any_epoch_are_shown(trained, tmp_path):
     assert [site.respond("GET", f"/samples/{epoch}").status for epoch in (10_001, 10 ** 7 + 1)] == [404, 400]
 
 
-def test_without_the_dataset_neighbours_are_a_404(trained, tmp_path, monkeypatch):
+def test_without_the_dataset_neighbours_are_a_404(copied, tmp_path, monkeypatch):
     """With a line that says so."""
     monkeypatch.chdir(tmp_path)  # where no other dataset is called data
-    run = vivid_copy(trained, tmp_path)
-    state = gan.read_checkpoint(run / "last.pt")
+    state = gan.read_checkpoint(copied / "last.pt")
     state["settings"]["data"] = "gone"
-    gan.write_checkpoint(run / "last.pt", state)
-    site = gan.Site(run, None, CPU)
+    gan.write_checkpoint(copied / "last.pt", state)
+    site = gan.Site(copied, None, CPU)
     for response in (post(site, "/api/neighbours", values=BASE), post(site, "/api/best", vectors=[BASE] * 2)):
         assert response.status == 404 and b"training faces" in response.body
     assert not get(site, "/api/model")["dataset"]
