@@ -189,8 +189,8 @@ class TrainSettings:
     seed: int = setting(0, "seed of weights, order and latent vectors", between(0, 2**31 - 1), "N", fixed=True)
     checkpoint: str | None = setting(None, "go on from this one (epoch number or file), not from the last",
                                      metavar="WHICH")
-    start_from: str | None = setting(None, "begin a new run with the networks of this checkpoint: where photos are few",
-                                     metavar="FILE")
+    start_from: str | None = setting(None, "begin a new run with the networks of this checkpoint; 'box': of the one in "
+                                     "the box, as where photos are few; 'none': new ones", metavar="FILE|box|none")
     sample_every: int | None = setting(None, "epochs between sample grids (default: 1 at first, then 2 % apart)",
                                        between(1, 10**7), "EPOCHS")
     save_every: int = setting(10, "epochs between checkpoints", between(1, 10**7), "EPOCHS")
@@ -859,9 +859,9 @@ class Trainer:
             "discriminator_left": self.balance.discriminator_left})
 
     def load_networks(self, state: dict) -> None:
-        """Take over the networks of a checkpoint, and nothing else."""
+        """Take over the networks of a checkpoint, and nothing else; the averaged generator where it holds no other."""
         for name, network in self.networks.items():
-            network.load_state_dict(state["networks"][name])
+            network.load_state_dict(state["networks"].get(name, state["networks"]["averaged"]))
 
     def load_state(self, state: dict) -> None:
         """Take over a checkpoint: what `state` returned, on this or another kind of device, and the run's settings."""
@@ -1225,6 +1225,8 @@ def write_pngs(folder: Path, images: Tensor, first: int = 0, digits: int = 5) ->
 # ================================================================================================
 
 DEMO_RUN = Path("runs/demo")
+BOX = Path(__file__).resolve().parent / ".box"  # the run folder that comes with gan.py: best.pt alone
+FEW_FACES = 1000  # with fewer, a generator learns them by heart
 CHECKPOINT_FORMAT = 3
 
 
@@ -1262,12 +1264,20 @@ def kept_checkpoints(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def find_run(named: str | None) -> Path:
-    """The run folder that --run names; None: the run in runs/ that was saved last, the demo's only if alone."""
+def find_run(named: str | None, checkpoint: str | None = None) -> Path:
+    """The run folder that --run names; None: the folder of the file that --checkpoint names, else the run in runs/ that
+    was saved last, the demo's only if alone, else the one with the network in the box, which a line says."""
+    if named:
+        return Path(named)
+    if checkpoint and checkpoint.lower() not in ("best", "last", "all") and Path(checkpoint).is_file():
+        return Path(checkpoint).parent
     saved = sorted(Path("runs").glob("*/last.pt"), key=lambda path: (path.parent != DEMO_RUN, path.stat().st_mtime))
-    if not (named or saved):
+    if saved:
+        return saved[-1].parent
+    if not (BOX / "best.pt").exists():
         raise UserError("no run in runs/: train one with `gan.py train`, or name yours with --run")
-    return Path(named) if named else saved[-1].parent
+    print("no run in runs/ yet: this is the network in the box, which learnt from public photos", file=sys.stderr)
+    return BOX
 
 
 def find_checkpoint(run: Path, which: str | None) -> Path:
@@ -1304,15 +1314,19 @@ def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
     return channels_last(generator, device).eval().requires_grad_(False), facts
 
 
+def holds_faces(folder: Path, facts: dict) -> bool:
+    """Whether a dataset folder holds the faces that a checkpoint was trained on."""
+    batches = (read_manifest(folder) or {}).get("batches", [])
+    return [batch["sha256"] for batch in batches] == facts["faces"]
+
+
 def load_known_faces(facts: dict, data: str | None = None) -> tuple[Tensor, Tensor]:
     """The faces that a checkpoint was trained on, and those that were held out, uint8: from the dataset that it names,
     or from `data`. UserError where other faces are there now."""
     folder = Path(data or facts["data"])
-    faces, files = load_faces(folder)
-    if [file["sha256"] for file in files] != facts["faces"]:
-        raise UserError(f"{folder} holds other faces than those that this network was trained on: name theirs with "
-                        "--data")
-    return faces, load_faces(folder, "held_out")[0]
+    if not holds_faces(folder, facts):
+        raise UserError(f"{folder} does not hold the faces that this network was trained on: name theirs with --data")
+    return load_faces(folder)[0], load_faces(folder, "held_out")[0]
 
 
 def newest_checkpoint(run: Path, which: str | None) -> tuple[Path | None, dict]:
@@ -1432,18 +1446,30 @@ def check_resumable(settings: TrainSettings, faces: TrainingFaces, state: dict, 
                         "another --run")
 
 
-def begin_with_networks_of(path: Path, settings: TrainSettings, faces: TrainingFaces, trainer: Trainer) -> dict:
-    """Give a new run the networks of another one's checkpoint; what is to be remembered of it. UserError where they are
-    of another kind or size."""
+def choose_start(settings: TrainSettings, faces: TrainingFaces) -> Path | None:
+    """The checkpoint whose networks a new run begins with: --start-from's; where faces are few, that in the box, if its
+    networks are of the same kind, which a line says. UserError where --start-from's are not."""
+    word, few = settings.start_from, faces.count < FEW_FACES
+    path = Path(word) if word and word != "box" else BOX / "best.pt"
+    if word == "none" or not (word or few and path.exists()):
+        return None
     state = read_checkpoint(path)
     theirs = {name: state["settings"][name] for name in ("model", "width")} | {"size": state["image_size"]}
     ours = {"model": settings.model, "width": settings.width, "size": faces.size}
-    if theirs != ours:
-        told = ", ".join(f"--{name} {value} (here {ours[name]})" for name, value in theirs.items()
-                         if value != ours[name])
+    told = ", ".join(f"--{name} {value} (here {ours[name]})" for name, value in theirs.items() if value != ours[name])
+    if told and word:
         raise UserError(f"{path} has {told}: its networks do not fit")
+    if not word:
+        say(f"{faces.count} faces are few: " + (f"the network in the box would help, but has {told}" if told else
+            "this run begins with the network in the box (--start-from none: with one that has seen nothing)"))
+    return None if told else path
+
+
+def begin_with_networks_of(path: Path, trainer: Trainer) -> dict:
+    """Give a new run the networks of another one's checkpoint; what is to be remembered of it."""
+    state = read_checkpoint(path)
     trainer.load_networks(state)
-    epoch, run = state["progress"]["epoch"], state["settings"]["run"] or f"runs/{settings.model.lower()}"
+    epoch, run = state["progress"]["epoch"], state["settings"]["run"] or f"runs/{state['settings']['model'].lower()}"
     say(f"beginning with the networks of {path}, epoch {epoch}")
     return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "run": run, "epoch": epoch}
 
@@ -1525,12 +1551,11 @@ class Run:
         self.started_from = state.get("started_from")
         if path:
             check_resumable(self.settings, self.faces, state, self.path)
-            if self.settings.start_from and not self.started_from:
+            if self.settings.start_from not in (None, "none") and not self.started_from:
                 raise UserError(f"{self.path} was begun with networks of its own: name another --run with --start-from")
             trainer.load_state(state)
-        elif self.settings.start_from:
-            other = Path(self.settings.start_from)
-            self.started_from = begin_with_networks_of(other, self.settings, self.faces, trainer)
+        elif other := choose_start(self.settings, self.faces):
+            self.started_from = begin_with_networks_of(other, trainer)
         say(f"going on from {path}, epoch {trainer.progress.epoch}" if path else f"starting a new run in {self.path}")
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                     "gan.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
@@ -2627,10 +2652,10 @@ def most_realistic(generator: Generator, z: Tensor, choices: int, known: Nearest
 
 def generate(settings: GenerateSettings) -> int:
     """Write --count faces as PNGs and, beside their folder, a grid of the first 100. Returns the exit code."""
-    run = find_run(settings.run)
+    run = find_run(settings.run, settings.checkpoint)
     path = find_checkpoint(run, settings.checkpoint)
     generator, facts = load_generator(path, pick_device(settings.device))
-    out = Path(settings.out) if settings.out else run / "generated"
+    out = Path(settings.out) if settings.out else (run if run != BOX else Path("runs/box")) / "generated"
     grid = Path(f"{out}-grid.png")  # not among the faces, which other tools read as they are
     film = f"{out}-film.webp" if settings.interpolate == "" else settings.interpolate
     kind = FILMS.get(Path(film).suffix.lower()) if film else None
@@ -3308,10 +3333,11 @@ class Site:
         """The run, its checkpoints as they are now, and sizes. Pages ask every few seconds, naming theirs."""
         default = next(name for name, path in self.checkpoints().items() if path == self.default)
         return revalidated("application/json", json.dumps({
-            "run": str(self.run), "model": model.facts["model"], "latent_size": LATENT_SIZE, "image_size": model.size,
+            "run": "box" if self.run == BOX else str(self.run), "model": model.facts["model"],
+            "latent_size": LATENT_SIZE, "image_size": model.size,
             "checkpoints": self.listed(), "default": default,
             "training": training_under_way(self.run, self.training_ends - time.monotonic()),
-            "dataset": read_manifest(Path(model.facts["data"])) is not None}).encode())
+            "dataset": holds_faces(Path(model.facts["data"]), model.facts)}).encode())
 
     def grids(self) -> dict[int, Path]:
         """Epoch -> sample grid that training wrote, in order."""
@@ -3542,7 +3568,7 @@ class Server(ThreadingHTTPServer):
 def serve(settings: EvalSettings, training_ends: float = math.inf) -> int:
     """Serve the page of a run until Ctrl-C. Returns the exit code."""
     cpu = torch.device("cpu")  # one small face: faster than a trip to a GPU
-    site = Site(find_run(settings.run), settings.checkpoint, cpu, training_ends)
+    site = Site(find_run(settings.run, settings.checkpoint), settings.checkpoint, cpu, training_ends)
     try:
         server = Server(site, settings.host, settings.port)
     except OSError as error:
@@ -3562,9 +3588,6 @@ def serve(settings: EvalSettings, training_ends: float = math.inf) -> int:
 # ================================================================================================
 # Command line: the other settings, one function a command
 # ================================================================================================
-
-FEW_FACES = 1000  # with fewer, a generator learns them by heart
-
 
 @dataclass(frozen=True)
 class PrepareSettings:
@@ -3672,13 +3695,14 @@ def command_prepare(settings: PrepareSettings) -> int:
         say(f"no photos: {told}" + (f" and {len(kinds) - 10:,} more kinds" if len(kinds) > 10 else ""))
     if manifest["count"] < FEW_FACES:
         say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES:,} the generator learns them by "
-            "heart, unless it begins with one that was trained on others (train --start-from)")
+            "heart, unless it begins with one that was trained on others: `gan.py train` takes that in the box, if the "
+            "sizes agree")
     return 0
 
 
 def command_judge(settings: JudgeSettings) -> int:
     """checkpoints -> a line of scores each"""
-    run, device = find_run(settings.run), pick_device(settings.device)
+    run, device = find_run(settings.run, settings.checkpoint), pick_device(settings.device)
     if settings.checkpoint == "all":
         paths = [*kept_checkpoints(run).values(), run / "best.pt", run / "last.pt"]
         paths = [path for path in paths if path.exists()]
@@ -3704,7 +3728,8 @@ def command_judge(settings: JudgeSettings) -> int:
 
 def command_invert(settings: InvertSettings) -> int:
     """photo -> latent vector and face"""
-    generator, facts = load_generator(find_checkpoint(find_run(settings.run), settings.checkpoint), torch.device("cpu"))
+    run = find_run(settings.run, settings.checkpoint)
+    generator, facts = load_generator(find_checkpoint(run, settings.checkpoint), torch.device("cpu"))
     try:
         image, _ = open_photo(Path(settings.photo).read_bytes())
     except ValueError as error:
@@ -3726,7 +3751,7 @@ def command_invert(settings: InvertSettings) -> int:
 
 def command_export(settings: ExportSettings) -> int:
     """generator -> page or ONNX file"""
-    run, file = find_run(settings.run), Path(settings.file)
+    run, file = find_run(settings.run, settings.checkpoint), Path(settings.file)
     if file.suffix not in (".html", ".onnx"):
         raise UserError(f"{file} ends neither in .html nor in .onnx: choose one")
     path = find_checkpoint(run, settings.checkpoint)

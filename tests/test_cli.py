@@ -67,7 +67,7 @@ def test_from_photos_to_a_face_in_the_browser(tmp_path, monkeypatch, capsys):
     (["prepare", "--demo", "--download"], 1, "choose one"),
     (["generate", "--min-abs", "9"], 2, "9 is not from 0.0 to 3.0"),
     ([], 2, "required: command"), (["fly"], 2, "invalid choice"),
-    (["train"], 1, "data: make one with `gan.py prepare`, or name yours with --data"), (["generate"], 1, "no run in runs/"),
+    (["train"], 1, "data: make one with `gan.py prepare`, or name yours with --data"),
     (["eval", "--run", "nowhere"], 1, "no run in nowhere"),
     (["train", "--device", "cuda"], 1, "--device cuda is not available")])
 def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, code, words):

@@ -1,0 +1,96 @@
+"""The network in the box: what a fresh clone has before anything is trained."""
+import json
+
+import box
+import pytest
+import torch
+from conftest import hear_z
+
+import gan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def boxed(trained, tmp_path, monkeypatch):
+    """A small run's network in the box, a folder without any run to work in, and a dataset of 20 faces of its size."""
+    (tmp_path / "box").mkdir()
+    monkeypatch.setattr(gan, "BOX", tmp_path / "box")
+    gan.write_checkpoint(tmp_path / "box" / "best.pt", box.boxed(gan.read_checkpoint(trained / "last.pt")))
+    monkeypatch.chdir(tmp_path)
+    gan.prepare(gan.PrepareSettings(demo=True, size=32, limit=20))
+    return tmp_path / "box" / "best.pt"
+
+
+def begin(capsys, **changes) -> tuple[dict, str]:
+    """(The first checkpoint of a new run on the 20 faces, what was said)."""
+    capsys.readouterr()
+    settings = {"run": f"runs/{len(list(gan.Path('.').glob('runs/*')))}", "width": 4, "epochs": 1, "device": "cpu",
+                "learning_rate": 1e-7, **changes}
+    assert gan.train(gan.TrainSettings(**settings)) == 0
+    return gan.read_checkpoint(gan.Path(settings["run"]) / "last.pt"), capsys.readouterr().out
+
+
+def test_float16_changes_no_face_by_more_than_a_level(trained):
+    """Of 255, of vivid faces."""
+    state = gan.read_checkpoint(trained / "last.pt")
+    generator = gan.Generator(32, 4)
+    generator.load_state_dict(state["networks"]["averaged"])
+    hear_z(generator)
+    generator.layers[-2].weight.data *= 3
+    state["networks"]["averaged"] = generator.state_dict()
+    halved, z = gan.Generator(32, 4), gan.sample_latents(50, seed=1)
+    halved.load_state_dict(box.boxed(state)["networks"]["averaged"])
+    made, wanted = (gan.sample_images(network, z, precision="fp32").int() for network in (halved, generator))
+    assert wanted.float().std() > 20 and 0 < (made - wanted).abs().max() <= 1
+
+
+def test_whose_network_is_taken(boxed, trained, capsys):
+    """A run of one's own before that in the box; a file that is named, from anywhere; without the box one line."""
+    assert gan.find_run(None) == gan.BOX and "the network in the box" in capsys.readouterr().err
+    assert gan.find_run(None, str(trained / "last.pt")) == trained and not capsys.readouterr().err
+    assert gan.main(["generate", "--count", "2", "--checkpoint", str(trained / "last.pt"), "--out", "two"]) == 0
+    assert len(list(gan.Path("two").iterdir())) == 2
+    gan.Path("runs/mine").mkdir(parents=True)
+    gan.Path("runs/mine/last.pt").touch()
+    assert gan.find_run(None) == gan.find_run(None, "last") == gan.Path("runs/mine")
+    gan.shutil.rmtree("runs")
+    boxed.unlink()
+    with pytest.raises(gan.UserError, match="no run in runs/: train one"):
+        gan.find_run(None)
+
+
+def test_few_photos_begin_with_the_box(boxed, capsys, monkeypatch):
+    """Unless told otherwise: its networks, the line that says so, and where the run remembers it; many photos do not."""
+    before = gan.read_checkpoint(boxed)["networks"]["discriminator"]["layers.0.weight"].float()
+
+    def is_boxed(state: dict) -> bool:
+        return bool((state["networks"]["discriminator"]["layers.0.weight"] - before).abs().max() < 1e-3)
+    state, told = begin(capsys)
+    assert is_boxed(state) and "20 faces are few: this run begins with the network in the box (--start-from none" in told
+    assert (state["started_from"]["file"], state["started_from"]["epoch"]) == (str(boxed), 4)
+    assert json.loads(gan.Path("runs/0/config.json").read_text())["started_from"] == state["started_from"]
+    state, told = begin(capsys, start_from="none")
+    assert not is_boxed(state) and state["started_from"] is None and "box" not in told
+    monkeypatch.setattr(gan, "FEW_FACES", 20)
+    state, told = begin(capsys)
+    assert not is_boxed(state) and "box" not in told
+    state, told = begin(capsys, start_from="box")
+    assert is_boxed(state) and "beginning with the networks of" in told and "are few" not in told
+
+
+def test_a_box_that_does_not_fit_says_what_would(boxed, capsys):
+    """And the run begins anew; asked for, it is refused."""
+    state, told = begin(capsys, width=8)
+    assert state["started_from"] is None and "the network in the box would help, but has --width 4 (here 8)" in told
+    with pytest.raises(gan.UserError, match=r"has --width 4 \(here 8\): its networks do not fit"):
+        begin(capsys, width=8, start_from="box")
+
+
+def test_what_needs_the_training_faces_is_absent_where_others_are(boxed, trained, dataset, capsys):
+    """`data/` holds somebody else's: the page hears of none, and --best-of says why."""
+    told = json.loads(gan.Site(gan.BOX, None, CPU).respond("GET", "/api/model").body)
+    assert told["run"] == "box" and told["dataset"] is False and len(told["checkpoints"]) == 1
+    assert gan.main(["generate", "--count", "2", "--best-of", "2"]) == 1
+    assert "data does not hold the faces that this network was trained on" in capsys.readouterr().err
+    assert json.loads(gan.Site(trained, None, CPU).respond("GET", "/api/model").body)["dataset"] is True
