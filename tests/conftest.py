@@ -2,7 +2,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest has a worker on each core
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of what tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell's & ignores Ctrl-C; what tests start inherits that
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup a closed terminal
@@ -33,12 +33,6 @@ def hear_z(generator: gan.Generator) -> None:
     for name, weight in generator.named_parameters():
         if "by_z" in name:
             weight.data.normal_(0, 0.02)
-
-
-def run_gan(*arguments, cwd, timeout=120, **options) -> subprocess.CompletedProcess:
-    """Run gan.py as a user does, in a process of its own; output as text."""
-    return subprocess.run([sys.executable, str(ROOT / "gan.py"), *map(str, arguments)], cwd=cwd, timeout=timeout,
-                          capture_output=True, text=True, **options)
 
 
 @pytest.fixture(scope="session")

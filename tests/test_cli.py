@@ -11,13 +11,13 @@ from urllib.request import urlopen
 
 import pytest
 from conftest import ROOT
+from forked import Forked
 
 import gan
 
 DECLARATIONS = [declaration for declaration, _, _ in gan.COMMANDS.values()]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="interrupts the training with a POSIX signal")
 def test_from_photos_to_a_face_in_the_browser(tmp_path, monkeypatch, capsys):
     """prepare → train → interrupted → gone on with → generate → eval, with defaults where there are some."""
     monkeypatch.chdir(tmp_path)
@@ -25,33 +25,28 @@ def test_from_photos_to_a_face_in_the_browser(tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "60 faces" in told and "warning: 60 faces are few" in told
 
-    train = [sys.executable, str(ROOT / "gan.py"), "train", "--width", "4", "--epochs"]
-    with subprocess.Popen([*train, "100000"], stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("epoch 2/"):
-                process.send_signal(signal.SIGINT)
-        assert "the same command goes on from there" in line
-    assert process.returncode == 130
+    with Forked("train", "--width=4", "--epochs=100000", cwd=tmp_path) as process:
+        next(line for line in process.stdout if line.startswith("epoch 2/"))
+        process.signal(signal.SIGINT)
+        code, told, _ = process.end()
+        assert code == 130 and "the same command goes on from there" in told.splitlines()[-1]
     done = json.loads((tmp_path / "runs/wgan-gp/log.jsonl").read_text().splitlines()[-1])["epoch"]
-    resumed = subprocess.run([*train, str(done + 2)], capture_output=True, text=True, timeout=100)
-    assert resumed.returncode == 0 and f"going on from runs/wgan-gp/last.pt, epoch {done}" in resumed.stdout
+    assert gan.main(["train", "--width=4", f"--epochs={done + 2}"]) == 0
+    assert f"going on from runs/wgan-gp/last.pt, epoch {done}" in capsys.readouterr().out
 
     assert gan.main(["generate", "--count", "3"]) == 0
     assert sorted(path.name for path in (tmp_path / "runs/wgan-gp/generated").iterdir()) == [
         "face-00000.png", "face-00001.png", "face-00002.png"]
     assert (tmp_path / "runs/wgan-gp/generated-grid.png").exists()
 
-    server = subprocess.Popen([sys.executable, str(ROOT / "gan.py"), "eval", "--port", "0"],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    url = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())[0]
     z = gan.sample_latents(3, seed=0)[1].tolist()
-    with urlopen(f"{url}generate?values={','.join(map(str, z))}", timeout=60) as answer:
-        served = gan.Image.open(answer).convert("RGB")
+    with Forked("eval", "--port=0", cwd=tmp_path) as server:
+        url = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())[0]
+        with urlopen(f"{url}generate?values={','.join(map(str, z))}", timeout=60) as answer:
+            served = gan.Image.open(answer).convert("RGB")
     with gan.Image.open(tmp_path / "runs/wgan-gp/generated/face-00001.png") as written:
         difference = gan.np.abs(gan.np.asarray(served).astype(int) - gan.np.asarray(written).astype(int))
     assert difference.max() <= 1  # the same face, whichever others were made with it
-    server.send_signal(signal.SIGINT)
-    assert server.communicate(timeout=60)[1] == "" and server.returncode == 130
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), [
@@ -209,8 +204,7 @@ def test_import_does_nothing(tmp_path):
     """No folder is made, no device is probed, matplotlib and kagglehub are not loaded."""
     code = ("import sys, gan; print([m for m in ('matplotlib', 'kagglehub') if m in sys.modules], "
             "gan.torch.cuda.is_initialized())")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert (done.stdout, done.stderr, list(tmp_path.iterdir())) == ("[] False\n", "", [])
 
 
@@ -218,8 +212,7 @@ def test_demo(tmp_path):
     """The page stands from the first moment of training, which is another process, and shows what it has learnt; Ctrl-C
     ends both, saved, and the run stays."""
     gan.prepare(gan.PrepareSettings(demo=True, data=str(tmp_path / gan.DEMO_RUN / "data"), size=32, limit=400))
-    with subprocess.Popen([sys.executable, str(ROOT / "gan.py"), "demo", "--port", "0"], cwd=tmp_path, text=True,
-                          stdout=subprocess.PIPE) as demo:
+    with Forked("demo", "--port=0", cwd=tmp_path) as demo:
         lines = iter(demo.stdout.readline, "")
         url = next(found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+/", line)))
         trainer = int((tmp_path / gan.DEMO_RUN / "train.lock").read_text())
@@ -232,9 +225,9 @@ def test_demo(tmp_path):
         while not (model := learnt())["checkpoints"][0]["epoch"]:  # the file is there when its writer is done
             pass
         assert model["training"]["epochs"] == 24 and 0 < model["training"]["seconds_left"] <= gan.DEMO_SECONDS
-        demo.send_signal(signal.SIGINT)
-        assert "stopped in epoch" in demo.stdout.read()
-    assert demo.returncode == 130
+        demo.signal(signal.SIGINT)
+        code, rest, _ = demo.end()
+        assert code == 130 and "stopped in epoch" in rest
     with pytest.raises(ProcessLookupError):
         os.kill(trainer, 0)
     state = gan.read_checkpoint(tmp_path / gan.DEMO_RUN / "last.pt")

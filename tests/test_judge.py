@@ -4,7 +4,6 @@ GAN_TEST_DATA=DIR has the order tested on the faces of a dataset of yours, with 
 import json
 import math
 import os
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +11,8 @@ from pathlib import Path
 import perceptual
 import pytest
 import torch
-from conftest import cartoon_face, run_gan
+from conftest import cartoon_face
+from forked import Forked
 from torch.nn import functional
 
 import gan
@@ -185,15 +185,16 @@ def test_rank_correlation_is_spearmans():
     assert perceptual.rank_correlation([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(1 - 6 * 2 / (4 * 15))
 
 
-def test_the_perceptual_tool_tells_how_to_call_it(data, tmp_path):
+def test_the_perceptual_tool_tells_how_to_call_it(data, monkeypatch, capsys):
     """--help with the packages that it needs; one line where they or the data are missing."""
-    tool = [sys.executable, str(Path(perceptual.__file__)), "."]
-    told = subprocess.run([*tool, "--help"], capture_output=True, text=True, timeout=120)
-    assert told.returncode == 0 and "pip install --no-deps efficientnet-lite-pytorch" in told.stdout
-    (tmp_path / "efficientnet_lite_pytorch.py").write_text("raise ImportError")
-    told = subprocess.run([*tool, "--data", str(data)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert told.returncode == 1 and len(told.stderr.splitlines()) == 1 and "pip install" in told.stderr
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    for arguments in (["--help"], ["--data", str(data)]):
+        monkeypatch.setattr(sys, "argv", ["perceptual.py", ".", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            perceptual.main()
+        told = capsys.readouterr().out or ended.value.code
+        assert "pip install --no-deps efficientnet-lite-pytorch" in told
+    assert "\n" not in told
 
 
 def test_distance_is_a_multiple_of_real_faces(faces, judge):
@@ -304,16 +305,17 @@ def test_scores_of_an_earlier_judge_raise_no_alarm(data, judged_run, tmp_path):
     assert not any(line.get("collapsed") for line in gan.read_log(run)[6:])
 
 
-def test_the_judge_judges_checkpoints_as_training_did(data, judged_run, tmp_path):
+def test_the_judge_judges_checkpoints_as_training_did(data, judged_run, capsys):
     """`judge` with the seed of training's latent vectors gives the scores of the log, a line a checkpoint or JSON."""
-    told = run_gan("judge", "--run", judged_run, "--checkpoint", "all", "--json", cwd=tmp_path)
-    found = {Path(line["checkpoint"]).name: line for line in json.loads(told.stdout)}
+    assert gan.main(["judge", "--run", str(judged_run), "--checkpoint=all", "--json"]) == 0
+    found = {Path(line["checkpoint"]).name: line for line in json.loads(capsys.readouterr().out)}
     assert list(found) == ["epoch-00003.pt", "epoch-00006.pt", "best.pt", "last.pt"]
     for name, line in found.items():
         expected = gan.read_checkpoint(judged_run / name)["scores"]
         assert {key: line[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=2e-3)
-    told = run_gan("judge", "--run", judged_run, cwd=tmp_path)
-    assert told.returncode == 0 and "best" in told.stdout and "coverage" in told.stdout
+    assert gan.main(["judge", "--run", str(judged_run)]) == 0
+    told = capsys.readouterr().out
+    assert "best" in told and "coverage" in told
 
 
 def test_the_judge_refuses_other_faces_than_the_networks(data, judged_run, tmp_path, capsys):
@@ -356,10 +358,13 @@ def test_the_dataset_of_a_run_is_found_from_anywhere(data, judged_run, tmp_path,
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_scores_that_cannot_be_written_are_an_error(judged_run, tmp_path):
     """What `judge --json` is for is what it prints."""
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, gan.__file__, "judge", "--run", judged_run, "--json"], stdout=full,
-                              stderr=subprocess.PIPE, text=True, timeout=100)
-    assert done.returncode == 1 and done.stderr == "gan.py: reading or writing failed: No space left on device\n"
+    ours, theirs = os.pipe()
+    with open("/dev/full", "w") as full, Forked("judge", "--run", judged_run, "--json", cwd=tmp_path,
+                                                outputs=(full.fileno(), theirs)) as process:
+        os.close(theirs)
+        with open(ours) as errors:
+            assert errors.read() == "gan.py: reading or writing failed: No space left on device\n"
+        assert process.wait() == 1
 
 
 def test_collapse_is_told_shown_and_marked(tmp_path, monkeypatch, capsys):
@@ -424,16 +429,6 @@ def test_held_out_faces_are_of_other_persons(tmp_path):
         parts = [gan.load_faces(tmp_path / "data", kind)[0] for kind in ("batches", "held_out")]
         persons = [set(part[:, 0, 16, 16].tolist()) for part in parts]
         assert not persons[0] & persons[1] and (len(parts[0]), len(parts[1])) == expected
-
-
-def test_png_files_for_other_tools(tmp_path):
-    """`prepare --png` leaves the training faces, no others, as they are."""
-    done = run_gan("prepare", "--demo", "--limit", 12, "--size", 32, "--png", "pngs", cwd=tmp_path)
-    assert done.returncode == 0
-    for i, face in enumerate(gan.load_faces(tmp_path / "data")[0]):
-        with gan.Image.open(tmp_path / "pngs" / f"face-{i:05d}.png") as image:
-            assert (gan.np.asarray(image) == face.permute(1, 2, 0).numpy()).all()
-    assert len(list((tmp_path / "pngs").iterdir())) == 12
 
 
 def test_png_files_of_before_are_removed_and_photos_are_not(tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from forked import Forked
 
 import gan
 
@@ -235,16 +236,12 @@ def test_the_log_is_cut_to_the_checkpoint(tmp_path, tail):
 
 def test_a_second_training_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
     """The refusal names the process; the lock of a killed process blocks nobody."""
-    code = ("import gan, pathlib, sys\nwith gan.locked(pathlib.Path(sys.argv[1])):\n"
-            "    print('locked', flush=True)\n    sys.stdin.read()")
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONPATH": os.path.dirname(gan.__file__)})
-    assert holder.stdout.readline() == "locked\n"
-    with pytest.raises(gan.UserError, match=f"trained by process {holder.pid}"), gan.locked(tmp_path):
-        pass
-    holder.kill()
-    holder.communicate()
+    code = ("import gan, pathlib, signal, sys\nwith gan.locked(pathlib.Path(sys.argv[1])):\n"
+            "    print('locked', flush=True)\n    signal.pause()")
+    with Forked(tmp_path, cwd=tmp_path, code=code) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(gan.UserError, match=f"trained by process {holder.pid}"), gan.locked(tmp_path):
+            pass
     with gan.locked(tmp_path):
         assert (tmp_path / "train.lock").read_text() == str(os.getpid())
 
@@ -333,8 +330,7 @@ def test_curves_do_not_need_the_backend_of_a_notebook(tmp_path):
     """Colab and Jupyter name theirs to all that they start, where it is not installed."""
     code = f"import gan, pathlib; gan.write_curves(pathlib.Path(), [{LINE}])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100,
-                          env=os.environ | {"PYTHONPATH": os.path.dirname(gan.__file__),
-                                            "MPLBACKEND": "module://a_notebook.that_is_not_here"})
+                          env=os.environ | {"MPLBACKEND": "module://a_notebook.that_is_not_here"})
     assert (done.returncode, done.stdout) == (0, "") and (tmp_path / "curves.png").stat().st_size > 10_000
 
 

@@ -10,8 +10,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -23,7 +21,8 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, FILES, ROOT
+from conftest import CPU, FILES
+from forked import Forked
 from PIL import Image
 from soak import PATIENCE, bombard, connect, faces, read_all, request, statuses, talk
 
@@ -546,20 +545,15 @@ def test_eval_of_a_damaged_run_is_one_line(copied, capsys, damage):
     assert re.fullmatch(r"gan\.py: .*last\.pt.*\n", capsys.readouterr().err)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGINT for one process")
-def test_eval_prints_its_url_and_ends_by_ctrl_c(run):
+def test_eval_prints_its_url_and_ends_by_ctrl_c(run, tmp_path):
     """eval --port 0 prints where it listens on one line; Ctrl-C in the midst of generating ends it at once with 130."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, a new process ignores it too
-    process = subprocess.Popen([sys.executable, ROOT / "gan.py", "eval", "--run", run, "--port", "0"], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    signal.signal(signal.SIGINT, before)
     served, over = threading.Semaphore(0), threading.Event()
 
     def goes_on(asked: int) -> bool:
         if asked:
             served.release()
         return not over.is_set()
-    try:
+    with Forked("eval", "--run", run, "--port=0", cwd=tmp_path) as process:
         url = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())
         with urlopen(url[0], timeout=PATIENCE) as answer, connect(int(url[1])), ThreadPoolExecutor(8) as pool:
             assert b"<html" in answer.read()
@@ -567,10 +561,7 @@ def test_eval_prints_its_url_and_ends_by_ctrl_c(run):
                 pool.submit(faces, int(url[1]), number, goes_on)
             try:
                 assert all(served.acquire(timeout=PATIENCE) for _ in range(50))
-                process.send_signal(signal.SIGINT)
-                rest, errors = process.communicate(timeout=PATIENCE)
+                process.signal(signal.SIGINT)
+                assert process.end() == (130, "", "")
             finally:
                 over.set()
-    finally:
-        process.kill()
-    assert (process.returncode, rest, errors) == (130, "", "")

@@ -11,7 +11,7 @@ from http.client import HTTPConnection
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, FILES, run_gan
+from conftest import CPU, FILES
 from PIL import Image
 from soak import PATIENCE, connect, read_all, request, statuses, talk
 from test_server import BASE, ask, changed, oracle, picture, same, serving, target
@@ -446,8 +446,7 @@ def test_the_exported_pages_kernel_is_its_source():
 def test_the_exported_page_makes_the_same_faces(run, tmp_path):
     """Its network, computed without torch, within 3 of 255, and sliders of the parts, which change each more than the rest
     of a face that they were not fitted to; its policy lets in its own script and style and no network."""
-    done = run_gan("export", tmp_path / "faces.html", "--run", run, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert gan.main(["export", str(tmp_path / "faces.html"), "--run", str(run)]) == 0
     page = (tmp_path / "faces.html").read_text("utf-8")
     network = json.loads(page.partition('id="network">')[2].partition("</script>")[0])
     assert (network["image_size"], network["latent_size"], network["epoch"], len(network["directions"])) == (32, 128, 4, 10)
@@ -475,8 +474,7 @@ def test_the_exported_onnx_network_makes_the_same_faces(run, tmp_path):
     """As another implementation evaluates it, for any number of vectors."""
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
-    done = run_gan("export", "faces.onnx", "--run", run, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert gan.main(["export", str(tmp_path / "faces.onnx"), "--run", str(run)]) == 0
     onnx.checker.check_model(str(tmp_path / "faces.onnx"), full_check=True)
     generator, _ = gan.load_generator(run / "last.pt", CPU)
     z = gan.sample_latents(3, seed=5)
@@ -485,10 +483,11 @@ def test_the_exported_onnx_network_makes_the_same_faces(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["faces.txt", "faces"])
-def test_another_kind_of_export_is_one_line(trained, tmp_path, name):
+def test_another_kind_of_export_is_one_line(trained, capsys, name):
     """Naming the two that there are."""
-    done = run_gan("export", name, "--run", trained, cwd=tmp_path)
-    assert done.returncode == 1 and "neither in .html nor in .onnx" in done.stderr and done.stderr.count("\n") == 1
+    assert gan.main(["export", name, "--run", str(trained)]) == 1
+    error = capsys.readouterr().err
+    assert "neither in .html nor in .onnx" in error and error.count("\n") == 1
 
 
 def test_invert_writes_the_face_of_a_photo(trained, tmp_path, monkeypatch, capsys):
@@ -507,14 +506,6 @@ def test_invert_writes_the_face_of_a_photo(trained, tmp_path, monkeypatch, capsy
         assert gan.main(["invert", str(tmp_path / file), "--run", str(trained), "--out", str(tmp_path / "no.png")]) == 1
         error = capsys.readouterr().err
         assert file in error and error.count("\n") == 1 and not (tmp_path / "no.png").exists()
-
-
-def test_generate_writes_a_film(trained, tmp_path):
-    """Through the generated faces, beside their folder."""
-    done = run_gan("generate", "--run", trained, "--count", 3, "--interpolate", "--out", "faces", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    with Image.open(tmp_path / "faces-film.webp") as film:
-        assert film.n_frames > 1 and film.size == (2 * SIZE, 2 * SIZE)
 
 
 def test_the_way_between_faces_is_spherical():

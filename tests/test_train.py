@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from contextlib import suppress
 from functools import cache, partial
@@ -14,12 +13,13 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import run_gan
+from forked import Forked
 
 import gan
 
 MODELS = ["DCGAN", "WGAN", "WGAN-GP"]
 CPU = torch.device("cpu")
+LONG_TRAINING = ["train", "--run=run", "--width=4", "--epochs=100000", "--save-every=100000", "--device=cpu"]
 
 
 def settings(dataset, run, **changes):
@@ -319,54 +319,40 @@ def test_faces_of_a_run_that_was_stopped_are_of_its_weights(dataset, tmp_path, m
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(1, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])  # 1: SIGHUP
 def test_a_real_signal_to_a_real_process(dataset, tmp_path, number, code):
     """A training process that is signalled after its first epoch exits with the code of the signal, saved."""
-    command = [sys.executable, gan.__file__, "train", "--data", dataset, "--run", "run", "--width", "4",
-               "--epochs", "100000", "--save-every", "100000", "--device", "cpu"]
-    with subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True) as process:
-        for line in process.stdout:
-            if line.startswith("epoch 1/"):
-                process.send_signal(number)
-                break
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == code and "and saved" in out and "Traceback" not in err
+    with Forked(*LONG_TRAINING, "--data", dataset, cwd=tmp_path) as process:
+        next(line for line in process.stdout if line.startswith("epoch 1/"))
+        process.signal(number)
+        ended, out, err = process.end()
+    assert ended == code and "and saved" in out and "Traceback" not in err
     assert gan.read_checkpoint(tmp_path / "run" / "last.pt")["progress"]["images_seen"] > 0
 
 
-@pytest.mark.skipif(os.name != "posix", reason="pipes, terminals and signals of POSIX")
 @pytest.mark.parametrize("how", ["pipe", "terminal"])
 def test_training_outlives_the_reader_of_its_output(dataset, tmp_path, how):
     """`train | head -1`, or a terminal that was closed: it trains to the end, with progress bar or without."""
     ours, theirs = os.openpty() if how == "terminal" else os.pipe()
-    command = [sys.executable, gan.__file__, "train", "--data", dataset, "--run", "run", "--width", "4", "--epochs", "3",
-               "--batch-size", "16", "--device", "cpu"]
-    with subprocess.Popen([*map(str, command)], cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs,
-                          start_new_session=True) as process:
+    with Forked("train", "--data", dataset, "--run=run", "--width=4", "--epochs=3", "--batch-size=16", "--device=cpu",
+                cwd=tmp_path, outputs=(theirs, theirs)) as process:
         os.close(theirs)
         told = b""
         while b"starting a new run" not in told:
             told += os.read(ours, 4096)
         os.close(ours)
-        assert process.wait(100) == 0
+        assert process.wait() == 0
     assert [line["epoch"] for line in gan.read_log(tmp_path / "run")] == [1, 2, 3]
     assert gan.read_checkpoint(tmp_path / "run" / "last.pt")["progress"]["epoch"] == 3
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_ctrl_c_into_a_pipe_saves(dataset, tmp_path):
     """In `train | tee log` it ends tee, too: the run is saved and the exit code is 130, though nobody reads that."""
-    command = [sys.executable, gan.__file__, "train", "--data", dataset, "--run", "run", "--width", "4", "--epochs",
-               "100000", "--save-every", "100000", "--device", "cpu"]
-    with subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True) as process:
-        while not process.stdout.readline().startswith("epoch 1/"):
-            pass
+    with Forked(*LONG_TRAINING, "--data", dataset, cwd=tmp_path) as process:
+        next(line for line in process.stdout if line.startswith("epoch 1/"))
         process.stdout.close()
-        process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == "" and process.wait(60) == 130
+        process.signal(signal.SIGINT)
+        assert process.stderr.read() == "" and process.wait() == 130
     assert gan.read_checkpoint(tmp_path / "run" / "last.pt")["progress"]["images_seen"] > 0
 
 
@@ -690,10 +676,9 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(trained, dataset,
     limit = (run / "last.pt").stat().st_size * 9 // 10
     code = (f"import resource, signal, sys, gan; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(gan.main(sys.argv[1:]))")
-    done = subprocess.run([sys.executable, "-c", code, "train", "--data", dataset, "--run", run, "--width", "4",
-                           "--batch-size", "16", "--epochs", "6", "--save-every", "1", "--device", "cpu"], text=True,
-                          env=os.environ | {"PYTHONPATH": os.path.dirname(gan.__file__)}, capture_output=True,
-                          timeout=100)
-    assert done.returncode == 1 and "last.pt: File too large" in done.stderr and done.stderr.count("\n") == 1
+    with Forked("train", "--data", dataset, "--run", run, "--width=4", "--batch-size=16", "--epochs=6", "--save-every=1",
+                "--device=cpu", cwd=tmp_path, code=code) as process:
+        ended, _, errors = process.end()
+    assert ended == 1 and "last.pt: File too large" in errors and errors.count("\n") == 1
     assert gan.read_checkpoint(run / "last.pt")["progress"]["epoch"] >= 4 and not list(run.glob(".gan-*"))
-    assert run_gan("generate", "--run", run, "--count", 1, cwd=tmp_path).returncode == 0
+    assert gan.main(["generate", "--run", str(run), "--count=1", "--out", str(tmp_path / "faces")]) == 0
