@@ -71,7 +71,7 @@ from ipaddress import ip_address
 from itertools import groupby, islice, pairwise
 from pathlib import Path
 from socketserver import TCPServer
-from typing import Any, BinaryIO, NamedTuple, SupportsFloat, TypeVar
+from typing import IO, Any, NamedTuple, SupportsFloat, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
@@ -1144,31 +1144,55 @@ def map_ahead(function: Callable, items: Iterable, ahead: int = 4) -> Iterator:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, so that a kill or a power cut at any moment leaves either the old content or the new one.
+def whole_file(path: Path, lasting: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write into, so that a kill at any moment leaves either the old content or the new one; so does a power
+    cut where it is `lasting`, which what can be made again need not be.
 
     Temporary file in the same folder -> flush -> fsync -> replace -> fsync of the folder. OSErrors name `path`."""
     temporary = path.with_name(f".gan-{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        with suppress(OSError):  # neither Windows nor every file system can do this with a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            if lasting:
+                sync(file)
+        patiently(os.replace, temporary, path)
+        if lasting:
+            sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {one_line(error)}") from None
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)  # there is one where writing failed
 
 
+def sync(file: IO) -> None:
+    """Have what was written to a file on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk; neither Windows nor every file system can do this."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def patiently(act: Callable, *arguments):
+    """What act(*arguments) returns. Where the system denies it, it is tried again for two seconds: a virus scanner
+    holds a new file for a moment."""
+    for _ in range(20):
+        with suppress(PermissionError):
+            return act(*arguments)
+        time.sleep(0.1)
+    return act(*arguments)
+
+
 def atomic_write(path: Path, data: bytes | memoryview) -> None:
-    """Write a whole_file."""
+    """Write a lasting whole_file."""
     with whole_file(path) as file:
         file.write(data)
 
@@ -1176,7 +1200,8 @@ def atomic_write(path: Path, data: bytes | memoryview) -> None:
 def remove_orphans(folder: Path) -> None:
     """Remove what a killed process left half written in one of our folders (not below it: --run may be any folder)."""
     for orphan in folder.glob(".gan-*"):
-        shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink(missing_ok=True)
+        if re.fullmatch(r"\.gan-(.*\.\d+\.tmp|prepare|[0-9a-f]{16}\.uint8|(last|previous)\.pt)", orphan.name):
+            shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink(missing_ok=True)
 
 
 def pictures(images: Tensor) -> list[Image.Image]:
@@ -1194,30 +1219,58 @@ def grid_image(images: Tensor, columns: int = 10, gap: int = 2) -> Image.Image:
     return canvas
 
 
+def grid_png(images: Tensor) -> bytes:
+    """The grid_image as a PNG file."""
+    return png_bytes(grid_image(images))
+
+
+MARK = "made by gan.py"  # it stands in every file that is given away: what has it may be replaced
+
+
+def signed() -> dict[str, Any]:
+    """What makes Pillow write MARK into a PNG, WebP or GIF."""
+    exif = Image.Exif()
+    exif[0x131] = MARK  # Software
+    return {"exif": exif, "comment": MARK}
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """An image as a PNG file, packed fast: for faces this is smaller than zlib's default strategy at level 1."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+    image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE, **signed())
     return buffer.getvalue()
 
 
-def write_grid(path: Path, images: Tensor) -> None:
-    """Write uint8 images as one PNG file, whole or not at all."""
-    atomic_write(path, png_bytes(grid_image(images)))
+def check_output(path: Path, *inputs: Path) -> None:
+    """UserError where to write there would replace what is read, or what this program cannot show to have written."""
+    if path.exists():
+        if any(path.samefile(one) for one in inputs):
+            raise UserError(f"{path} is read, too: name another file to write")
+        if MARK.encode() not in path.read_bytes():
+            raise UserError(f"{path} is there already and was not written by gan.py: move it, or name another")
+
+
+def write_picture(path: Path, png: bytes) -> None:
+    """Write a picture's file, whole or not at all. It can be made again."""
+    with whole_file(path, lasting=False) as file:
+        file.write(png)
 
 
 def empty_of_pngs(folder: Path) -> None:
-    """Make a folder for PNG files and remove those that were written there before."""
+    """Make a folder for PNG files and remove those that were written there before. UserError, and nothing is removed,
+    where there are others of such a name."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("face-*.png"):
-        if re.fullmatch(r"face-\d{5,}\.png", path.name):
-            path.unlink()
+    before = [path for path in folder.glob("face-*.png") if re.fullmatch(r"face-\d{5,}\.png", path.name)]
+    for path in before:
+        check_output(path)
+    for path in before:
+        path.unlink()
 
 
 def write_pngs(folder: Path, images: Tensor, first: int = 0, digits: int = 5) -> None:
     """Write uint8 images as face-00000.png and so on, counted from `first`."""
     for i, image in enumerate(pictures(images), first):
-        atomic_write(folder / f"face-{i:0{digits}d}.png", png_bytes(image))
+        write_picture(folder / f"face-{i:0{digits}d}.png", png_bytes(image))
 
 
 # ================================================================================================
@@ -1230,12 +1283,27 @@ FEW_FACES = 1000  # with fewer, a generator learns them by heart
 CHECKPOINT_FORMAT = 3
 
 
-def write_checkpoint(path: Path, state: dict) -> None:
-    """Write plain types and tensors as a file for torch.load(weights_only=True), whole or not at all."""
+def write_checkpoint(path: Path, state: dict, before: Path | None = None) -> None:
+    """Write plain types and tensors as a file for torch.load(weights_only=True), whole or not at all. What was there
+    is at `before` from then on; there is one at `path` at every moment."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with buffer.getbuffer() as data:  # released at once, also where writing fails: Python 3.13 complains otherwise
-        atomic_write(path, data)
+    with whole_file(path) as file, buffer.getbuffer() as data:  # released where writing fails: Python 3.13 complains
+        file.write(data)
+        if before and path.exists():
+            second_name(path, before)
+
+
+def second_name(path: Path, other: Path) -> None:
+    """Let a file have another name, too; where the file system knows no such thing, copy it."""
+    fresh = other.with_name(f".gan-{other.name}")
+    fresh.unlink(missing_ok=True)
+    try:
+        os.link(path, fresh)
+    except OSError:
+        shutil.copy2(path, fresh)
+    patiently(os.replace, fresh, other)
+    fresh.unlink(missing_ok=True)  # both were names of one file already: to replace one by the other does nothing
 
 
 def read_checkpoint(path: Path, whole: bool = True) -> dict:
@@ -1258,10 +1326,16 @@ def read_checkpoint(path: Path, whole: bool = True) -> dict:
     raise UserError(f"{path} {problem}")
 
 
-def kept_checkpoints(run: Path) -> dict[int, Path]:
-    """Epoch -> file of the checkpoints that are kept, in order."""
-    found = {int(path.stem[6:]): path for path in run.glob("epoch-*.pt") if path.stem[6:].isdecimal()}
+def by_epoch(folder: Path, suffix: str) -> dict[int, Path]:
+    """Epoch -> file of the kept checkpoints or the sample grids in a folder, in order."""
+    found = {int(path.stem[6:]): path for path in folder.glob(f"epoch-*{suffix}") if path.stem[6:].isdecimal()}
     return dict(sorted(found.items()))
+
+
+def checkpoints_of(run: Path) -> dict[str, Path]:
+    """Name -> file of a run's checkpoints that --checkpoint may name: best and last, where they are, and epochs."""
+    known = {name: path for name in ("best", "last") if (path := run / f"{name}.pt").exists()}
+    return known | {str(epoch): path for epoch, path in by_epoch(run, ".pt").items()}
 
 
 def find_run(named: str | None, checkpoint: str | None = None) -> Path:
@@ -1284,14 +1358,11 @@ def find_checkpoint(run: Path, which: str | None) -> Path:
     """The file that --checkpoint WHICH means: best, last, an epoch number or a file; None: best if known, else last."""
     if not run.is_dir():
         raise UserError(f"no run in {run}: train one with `gan.py train`, or name yours with --run")
-    named = {"best": run / "best.pt", "last": run / "last.pt"} | {str(e): p for e, p in kept_checkpoints(run).items()}
-    if which is None:
-        path = named["best"] if named["best"].exists() else named["last"]
-    else:
-        path = named.get(str(int(which)) if which.isdecimal() else which.lower(), Path(which))
+    known = checkpoints_of(run)
+    name = which or ("best" if "best" in known else "last")
+    path = known.get(str(int(name)) if name.isdecimal() else name.lower(), Path(name))
     if not path.is_file():
-        there = ", ".join(name for name, file in named.items() if file.exists())
-        raise UserError(f"no checkpoint {which or 'last'} in {run}" + (f": there are {there}" if there else " yet"))
+        raise UserError(f"no checkpoint {name} in {run}" + (f": there are {', '.join(known)}" if known else " yet"))
     return path
 
 
@@ -1336,41 +1407,59 @@ def newest_checkpoint(run: Path, which: str | None) -> tuple[Path | None, dict]:
         named = find_checkpoint(run, which)
         return named, read_checkpoint(named)
     last, previous = run / "last.pt", run / "previous.pt"
-    paths = [path for path in [last, previous, *reversed(kept_checkpoints(run).values())] if path.exists()]
+    paths = [path for path in [last, previous, *reversed(by_epoch(run, ".pt").values())] if path.exists()]
     for path in paths:
         try:
-            return path, read_checkpoint(path)
+            state = read_checkpoint(path)
         except UserError as error:
             say(f"passed over: {error}")
-            if path == last:
-                os.replace(last, run / "last.pt.damaged")  # the next save must not put it in the place of previous.pt
+            continue
+        if path != last and last.exists():
+            os.replace(last, run / "last.pt.damaged")  # the next save must not put it in the place of previous.pt
+        return path, state
     if paths:
         raise UserError(f"no checkpoint in {run} can be read: start anew with another --run")
     return None, {}
 
 
+def check_run_folder(run: Path) -> None:
+    """UserError where a new run would write over what no training wrote: it begins by writing its config.json."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        if "gan.py" in json.loads((run / "config.json").read_bytes())["versions"]:
+            return
+    if foreign := [name for name in ("config.json", "log.jsonl", "best.pt", "curves.png", "samples")
+                   if (run / name).exists()]:
+        raise UserError(f"{run} holds a {foreign[0]} that gan.py did not write: name another folder with --run")
+
+
 def save_last(run: Path, state: dict) -> None:
-    """Replace last.pt; the one before stays as previous.pt, so that a good one exists at every moment."""
-    fresh = run / ".gan-last.pt"
-    write_checkpoint(fresh, state)
-    if (run / "last.pt").exists():
-        os.replace(run / "last.pt", run / "previous.pt")
-    os.replace(fresh, run / "last.pt")
+    """Replace last.pt; the one before stays as previous.pt."""
+    write_checkpoint(run / "last.pt", state, run / "previous.pt")
 
 
 def read_log(run: Path, up_to_epoch: float = math.inf) -> list[dict]:
-    """The lines of log.jsonl, without those of later epochs and a last one that a kill cut short."""
-    lines = []
-    with suppress(FileNotFoundError, ValueError):
-        for text in (run / "log.jsonl").read_text("utf-8").splitlines():
-            lines.append(json.loads(text))
-    return [line for line in lines if line["epoch"] <= up_to_epoch]
+    """The lines of log.jsonl that can be read, without those of later epochs."""
+    return [line for line in parse_log(run)[0] if line["epoch"] <= up_to_epoch]
+
+
+def parse_log(run: Path) -> tuple[list[dict], list[int]]:
+    """(The lines of log.jsonl, numbers of those that are damaged); a last one that a kill cut short is neither."""
+    lines, damaged, file = [], [], run / "log.jsonl"
+    texts = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if file.exists() else []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            lines += [line] if line["epoch"] >= 0 else []
+        except (ValueError, TypeError, LookupError, RecursionError):
+            damaged += [number] if text.strip() and number < len(texts) else []
+    return lines, damaged
 
 
 def append_log(run: Path, line: dict) -> None:
-    """Add a line to log.jsonl; one that a kill cuts short is dropped and made again when the run goes on."""
-    with open(run / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Add a line to log.jsonl, which is on the disk before the checkpoint that counts on it."""
+    with patiently(open, run / "log.jsonl", "ab") as file:
+        file.write(json.dumps(line).encode() + b"\n")
+        sync(file)
 
 
 def training_under_way(run: Path, most: float = math.inf) -> dict | None:
@@ -1421,13 +1510,14 @@ def plot_curves(title: str, lines: list[dict]) -> bytes:
     return buffer.getvalue()
 
 
-def write_curves(run: Path, lines: list[dict]) -> None:
-    """Write curves.png; a picture that cannot be made ends no run."""
+def write_accessory(path: Path, make: Callable[..., bytes], *arguments) -> None:
+    """Write the picture make(*arguments), in a folder that is made anew where it went. One that cannot be made or
+    written costs a line, not the run."""
     try:
-        png = plot_curves(str(run), lines)
-    except Exception as error:  # whatever matplotlib meets
-        return say(f"no curves.png: {one_line(error)}")
-    atomic_write(run / "curves.png", png)
+        path.parent.mkdir(exist_ok=True)
+        write_picture(path, make(*arguments))
+    except Exception as error:  # whatever matplotlib or a disk meets
+        say(f"no {path.name}: {one_line(error)}")
 
 
 def check_resumable(settings: TrainSettings, faces: TrainingFaces, state: dict, run: Path) -> None:
@@ -1475,23 +1565,27 @@ def begin_with_networks_of(path: Path, trainer: Trainer) -> dict:
 
 
 class Writer:
-    """Writes a run's files while it trains on, one at a time: what is asked for next waits for the one before, and
-    raises what that one raised."""
+    """Writes a run's files while it trains on, one at a time. Who asks for the next waits for the one before, and meets
+    the error that it met."""
 
     def __enter__(self) -> Writer:
-        self.thread, self.under_way = ThreadPoolExecutor(1), Future[None]()
-        self.under_way.set_result(None)
+        self.thread, self.under_way = ThreadPoolExecutor(1), list[Future]()
         return self
 
     def ask(self, write: Callable, *arguments) -> None:
         """Have write(*arguments) called; the arguments must not change afterwards."""
-        self.under_way.result()
-        self.under_way = self.thread.submit(write, *arguments)
+        self.wait()
+        self.under_way.append(self.thread.submit(write, *arguments))
+
+    def wait(self) -> None:
+        """Until all is written; an error is met once."""
+        while self.under_way:
+            self.under_way.pop().result()
 
     def __exit__(self, kind, *_) -> None:
         self.thread.shutdown()
         if not kind:
-            self.under_way.result()
+            self.wait()
 
 
 @contextmanager
@@ -1544,7 +1638,6 @@ class Run:
         """Give the networks the state that --checkpoint names, else the newest, and the log its epochs; where there is
         none, begin the run with grids of real and of untrained faces, and with the checkpoint of these. UserError where
         settings or faces do not fit."""
-        (self.path / "samples").mkdir(exist_ok=True)
         for folder in (self.path, self.path / "samples"):
             remove_orphans(folder)
         path, state = newest_checkpoint(self.path, self.settings.checkpoint)
@@ -1554,21 +1647,46 @@ class Run:
             if self.settings.start_from not in (None, "none") and not self.started_from:
                 raise UserError(f"{self.path} was begun with networks of its own: name another --run with --start-from")
             trainer.load_state(state)
-        elif other := choose_start(self.settings, self.faces):
-            self.started_from = begin_with_networks_of(other, trainer)
+        else:
+            check_run_folder(self.path)
+            if other := choose_start(self.settings, self.faces):
+                self.started_from = begin_with_networks_of(other, trainer)
         say(f"going on from {path}, epoch {trainer.progress.epoch}" if path else f"starting a new run in {self.path}")
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                     "gan.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
         config = {"settings": asdict(self.settings), "image_size": self.faces.size, "versions": versions,
                   "started_from": self.started_from}
         atomic_write(self.path / "config.json", json.dumps(config, indent=1).encode())
-        self.log = read_log(self.path, trainer.progress.epoch)
-        atomic_write(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
+        if path and path != self.path / "last.pt":
+            save_last(self.path, state)  # before the log is cut: whatever is read next, both tell the same
+        self.cut_log(trainer.progress.epoch)
         if not path:
-            write_grid(self.path / "samples" / "real.png", self.faces.images[:100].cpu())
+            write_accessory(self.path / "samples" / "real.png", grid_png, self.faces.images[:100].cpu())
             trainer.take_statistics()
             self.save_grid(trainer, 0)
             self.save(trainer)
+
+    def cut_log(self, epoch: int) -> None:
+        """Read the log up to an epoch and write it anew. Where lines of it are damaged, the file as it was stays beside
+        it."""
+        lines, damaged = parse_log(self.path)
+        if damaged:
+            kept = self.path / f"log-{int(time.time())}.jsonl"
+            shutil.copy2(self.path / "log.jsonl", kept)
+            say(f"line {damaged[0]} of {self.path / 'log.jsonl'} cannot be read: the file as it was is now {kept.name}")
+        self.log = [line for line in lines if line["epoch"] <= epoch]
+        self.write_log()
+
+    def write_log(self) -> None:
+        """Write all lines of the log anew."""
+        atomic_write(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
+
+    def save_what_can_be(self, trainer: Trainer) -> None:
+        """Before a run ends because something could not be written: perhaps the log and last.pt can."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for write in (self.write_log, partial(self.save, trainer)):
+            with suppress(OSError, UserError):
+                write()
 
     def is_due(self, every: int, epoch: int) -> bool:
         """Whether this epoch is one of every so many, or the last."""
@@ -1580,7 +1698,7 @@ class Run:
 
     def tell_way_back(self, trainer: Trainer, problem: NotFinite) -> UserError:
         """What to say of a run that stopped because of numbers that are not finite; nothing of them is saved."""
-        good = [epoch for epoch in kept_checkpoints(self.path) if epoch <= trainer.progress.epoch]
+        good = [epoch for epoch in by_epoch(self.path, ".pt") if epoch <= trainer.progress.epoch]
         again = f"gan.py train --run {self.path}"
         kept = (f"epoch {good[-1]}; go on from it with: {again} --checkpoint {good[-1]}" if good else
                 f"none yet; last.pt is gone on from with: {again}")
@@ -1600,12 +1718,12 @@ class Run:
             self.save(trainer, f"epoch-{epoch:05d}.pt")
         if self.is_due(self.settings.save_every, epoch):
             self.save(trainer)
-            self.writer.ask(write_curves, self.path, list(self.log))
+            self.writer.ask(write_accessory, self.path / "curves.png", plot_curves, str(self.path), list(self.log))
 
     def save_grid(self, trainer: Trainer, epoch: int) -> None:
         """Write the grid of the same 100 latent vectors as always."""
         path = self.path / "samples" / f"epoch-{epoch:05d}.png"
-        self.writer.ask(write_grid, path, sample_images(trainer.averaged, self.fixed_z))
+        self.writer.ask(write_accessory, path, grid_png, sample_images(trainer.averaged, self.fixed_z))
 
     def save(self, trainer: Trainer, name: str = "") -> None:
         """Write a checkpoint: the named one, or last.pt. The middle of an epoch is as good a place to go on from as its
@@ -1822,7 +1940,7 @@ class Monitor:
         line["collapsed"] = collapsed(self.judged)
         if line["collapsed"] and not collapsed(self.judged[:-1]):
             path = self.run.path / f"collapse-{line['epoch']:05d}.png"
-            self.run.writer.ask(write_grid, path, self.judge.most_similar(fake))
+            self.run.writer.ask(write_accessory, path, grid_png, self.judge.most_similar(fake))
             scores = line["scores"]
             say(f"the faces have collapsed (epoch {line['epoch']}: coverage {scores['coverage']:.2f}, variety "
                 f"{scores['variety']:.2f}): look at {path}; best.pt is from before")
@@ -1901,6 +2019,9 @@ def train_and_record(settings: TrainSettings, faces: TrainingFaces, trainer: Tra
                     run.save(trainer)
             except NotFinite as problem:
                 raise run.tell_way_back(trainer, problem) from None
+            except OSError:
+                run.save_what_can_be(trainer)
+                raise
     if stop.code:
         say(f"stopped in epoch {progress.epoch + 1} and saved; the same command goes on from there")
     else:
@@ -1970,7 +2091,7 @@ def prepare(settings: PrepareSettings) -> dict:
     manifest = {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size, **facts,
                 "settings": asdict(settings)}
     atomic_write(data / "manifest.json", json.dumps(manifest, indent=1).encode())
-    write_grid(data / "faces.png", read_batch(data, settings.size, facts["batches"][0])[:100])
+    write_picture(data / "faces.png", grid_png(read_batch(data, settings.size, facts["batches"][0])[:100]))
     for path in data.glob("*-*-*"):
         if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
             path.unlink()
@@ -2055,7 +2176,7 @@ class Photos:
         except Exception as error:  # as many kinds as there are of archives and compressions
             self.skipped[within.rstrip("/") or source.name] = f"cannot be read further: {one_line(error)}"
 
-    def take_in(self, name: str, mode: int, size: int, content: Path | Callable[[], BinaryIO]) -> None:
+    def take_in(self, name: str, mode: int, size: int, content: Path | Callable[[], IO[bytes]]) -> None:
         """Decide what becomes of one file."""
         self.files.pop(name, None), self.skipped.pop(name, None)  # the last one of a name counts
         try:
@@ -2072,7 +2193,7 @@ class Photos:
         else:
             self.unread[kind] += 1
 
-    def identify(self, name: str, mode: int, size: int, content: Path | Callable[[], BinaryIO]) -> tuple[str, Path]:
+    def identify(self, name: str, mode: int, size: int, content: Path | Callable[[], IO[bytes]]) -> tuple[str, Path]:
         """(kind_of a file, where a photo or an archive can be read). ValueError says why it is not used."""
         kind = kind_of(name, b"")
         if kind == "hidden or thumbnail" or size == 0 and kind not in ("photo", "archive"):
@@ -2675,7 +2796,7 @@ def generate(settings: GenerateSettings) -> int:
         for start, part in enumerate(z.split(100)):
             images = sample_images(generator, part, precision="fp32")
             if start == 0:
-                write_grid(grid, images)
+                write_picture(grid, grid_png(images))
             write_pngs(out, images, start * 100, digits)
             bar.update(len(images))
     if film and kind:
@@ -3179,11 +3300,12 @@ def data_url(image: Image.Image, kind: str = "PNG") -> str:
 
 class Route:
     """What answers a path: the method of Site that this decorates. It gets the asked checkpoint's Model and the fields,
-    parsed (None: taken as they are), and returns a Response, a dictionary (JSON) or a picture (PNG). `heavy`: it takes
-    a second of all cores, and the others do not wait for it."""
+    parsed (None: taken as they are), and returns a Response, a dictionary (JSON) or a picture (PNG). One of each `lock`
+    is answered at a time: light ones, heavy ones, which take a second of all cores, and those that look at training
+    faces, the first of which takes longer."""
 
-    def __init__(self, path: str, method: str = "GET", heavy: bool = False, **parsers: Callable | None):
-        self.method, self.heavy, self.parsers = method, heavy, parsers
+    def __init__(self, path: str, method: str = "GET", lock: str = "light", **parsers: Callable | None):
+        self.method, self.lock, self.parsers = method, lock, parsers
         ROUTES[path] = self
 
     def __call__(self, answer: Callable) -> Callable:
@@ -3204,18 +3326,28 @@ class Model(NamedTuple):
         return self.facts["image_size"]
 
 
+class Checkpoint(NamedTuple):
+    """A file that can be asked for, and which network it holds; None: it cannot be read."""
+    name: str
+    path: Path
+    id: str | None
+
+    @property
+    def epoch(self) -> int:
+        return int((self.id or "0").partition("-")[0])
+
+
 class Site:
     """What the server offers of one run: the page, its checkpoints and what they make. Knows no sockets. By
     `training_ends`, in time.monotonic's seconds, the run's training is ended."""
 
     def __init__(self, run: Path, default: str | None, device: torch.device, training_ends: float = math.inf):
-        self.training_ends = training_ends
-        self.run, self.wanted, self.default = run, default, find_checkpoint(run, default)
+        path = find_checkpoint(run, default)
+        self.run, self.given, self.training_ends = run, path if default else None, training_ends
         self.device, self.loading = device, threading.Lock()
-        self.light, self.heavy = threading.Lock(), threading.Lock()  # one of each at a time, as each uses all cores
-        self.stamps: dict[Path, int] = {}
+        self.locks = {kind: threading.Lock() for kind in ("light", "heavy", "faces")}  # one of each kind at a time
         self.held: dict[str, Model] = {}  # the last few, by identity: a page goes on with one whose file was replaced
-        self.identity = lru_cache(256)(lambda path, stamp: identify(read_checkpoint(path, whole=False)))
+        self.identity = lru_cache(256)(lambda path, *stamp: identify(read_checkpoint(path, whole=False)))
         self.load()
         self.page, self.policy = read_page()
         self.linear = lru_cache(2)(lambda generator, values: (
@@ -3224,42 +3356,29 @@ class Site:
         self.neighbours_of = lru_cache(1)(
             lambda data, *faces: NearestFaces(*load_known_faces({"data": data, "faces": [*faces]})))
 
-    def checkpoints(self) -> dict[str, Path]:
-        """Name -> file of what can be asked for. Names are looked up here, never joined into paths."""
-        kept = {str(epoch): path for epoch, path in kept_checkpoints(self.run).items()}
-        named = {name: path for name in ("best", "last") if (path := self.run / f"{name}.pt").is_file()} | kept
-        with suppress(UserError):  # between the two renames of a save; what was there before still stands
-            self.default = find_checkpoint(self.run, self.wanted)
-        if self.default not in named.values():
-            named[self.default.name] = self.default
-        return named
-
-    def identify(self, path: Path) -> str:
-        """Which network a file holds, looked at again when it changed."""
-        with suppress(FileNotFoundError):  # between the two renames of a save
-            self.stamps[path] = path.stat().st_mtime_ns
-        return self.identity(path, self.stamps[path])
-
-    def listed(self) -> list[dict]:
-        """The checkpoints that can be read: name, identity, epoch, and what the judge says of it."""
-        scores, found = {line["epoch"]: line.get("scores") for line in read_log(self.run)}, []
-        for name, path in self.checkpoints().items():
-            with suppress(UserError):
-                epoch = int((identity := self.identify(path)).partition("-")[0])
-                found.append({"name": name, "id": identity, "epoch": epoch, "scores": scores.get(epoch)})
+    def checkpoints(self) -> list[Checkpoint]:
+        """What can be asked for as the folder is now, the default first: that which --checkpoint names, else best, else
+        last. Files are looked up here, and no name that is asked for is joined into a path."""
+        known, found = checkpoints_of(self.run), []
+        default = self.given or known.get("best", self.run / "last.pt")
+        for path, name in {default: default.name, **{path: name for name, path in known.items()}}.items():
+            identity = None
+            with suppress(OSError, UserError):  # it cannot be read, or was just taken away
+                stamp = path.stat()
+                identity = self.identity(path, stamp.st_mtime_ns, stamp.st_ino)
+            found.append(Checkpoint(name, path, identity))
         return found
 
     def load(self, which: Any = None) -> Model:
-        """The checkpoint of a name or an identity; None: the default one. The last eight are held: whoever asks goes on
-        with one whose file was replaced."""
-        files: dict[Any, Path] = {**self.checkpoints(), None: self.default}
+        """The checkpoint of a name or an identity, which may be anything that JSON can say; None: the default one. The
+        last eight are held: whoever asks goes on with one whose file was replaced."""
         with self.loading:
-            if which not in [*files, *self.held]:  # it may be anything that JSON can say
-                files |= {one["id"]: files[one["name"]] for one in self.listed()}
-            identity = which if which in [*self.held] else self.identify(files[which]) if which in [*files] else None
-            if identity is None:
-                raise BadRequest(404, f"no checkpoint {str(which)[:20]!a}: see /api/model")
-            model = self.held.pop(identity, None) or Model(*load_generator(files[which], self.device))
+            if which not in [*self.held]:
+                one = next((one for one in self.checkpoints() if which in (None, one.name, one.id)), None)
+                if one is None:
+                    raise BadRequest(404, f"no checkpoint {str(which)[:20]!a}: see /api/model")
+                which, path = one.id, one.path
+            model = self.held.pop(which, None) or Model(*load_generator(path, self.device))
             self.held[model.facts["id"]] = model
             for oldest in [*self.held][:-8]:
                 del self.held[oldest]
@@ -3293,7 +3412,7 @@ class Site:
                 values[name] = parse(asked.get(name), model.size) if parse else asked.get(name)
             except ValueError as error:
                 raise BadRequest(400, f"{name}: {error}") from None
-        with self.heavy if found.heavy else self.light:
+        with self.locks[found.lock]:
             answer = getattr(self, found.answer)(model, **values)
         if isinstance(answer, dict):
             return Response(200, "application/json", json.dumps(answer).encode())
@@ -3323,7 +3442,7 @@ class Site:
         except UserError as error:
             raise BadRequest(404, f"the training faces are not there: {one_line(error)}") from None
 
-    @Route("/api/best", "POST", heavy=True, vectors=parse_vectors(2, 8))
+    @Route("/api/best", "POST", lock="faces", vectors=parse_vectors(2, 8))
     def best(self, model: Model, vectors: Tensor) -> dict:
         """Which of some faces is the most realistic, by its place: `generate --best-of` for the page."""
         return {"best": self.known(model).realism(sample_images(model.generator, vectors)).argmax().item()}
@@ -3331,29 +3450,32 @@ class Site:
     @Route("/api/model")
     def model(self, model: Model) -> Response:
         """The run, its checkpoints as they are now, and sizes. Pages ask every few seconds, naming theirs."""
-        default = next(name for name, path in self.checkpoints().items() if path == self.default)
+        scores = {line["epoch"]: line.get("scores") for line in read_log(self.run)}
+        known = self.checkpoints()
+        listed = [{"name": one.name, "id": one.id, "epoch": one.epoch, "scores": scores.get(one.epoch)}
+                  for one in known if one.id]
         return revalidated("application/json", json.dumps({
             "run": "box" if self.run == BOX else str(self.run), "model": model.facts["model"],
             "latent_size": LATENT_SIZE, "image_size": model.size,
-            "checkpoints": self.listed(), "default": default,
+            "checkpoints": listed, "default": known[0].name,
             "training": training_under_way(self.run, self.training_ends - time.monotonic()),
             "dataset": holds_faces(Path(model.facts["data"]), model.facts)}).encode())
 
     def grids(self) -> dict[int, Path]:
         """Epoch -> sample grid that training wrote, in order."""
-        paths = (self.run / "samples").glob("epoch-*.png")
-        return dict(sorted((int(path.stem[6:]), path) for path in paths if path.stem[6:].isdecimal()))
+        return by_epoch(self.run / "samples", ".png")
 
     @Route("/api/samples")
     def samples(self, model: Model) -> dict:
-        best = next((one["epoch"] for one in self.listed() if one["name"] == "best"), None)
+        best = next((one.epoch for one in self.checkpoints() if one.name == "best" and one.id), None)
         return {"epochs": list(self.grids()), "best": best, "columns": 10, "rows": 10, "tile": model.size, "gap": 2}
 
     @Route("/samples/EPOCH", epoch=parse_whole(0, 10**7))
     def grid(self, model: Model, epoch: int) -> Response:
-        if epoch not in self.grids():
+        grids = self.grids()
+        if epoch not in grids:
             raise BadRequest(404, "no grid of that epoch: see /api/samples")
-        return revalidated("image/png", self.grids()[epoch].read_bytes())
+        return revalidated("image/png", grids[epoch].read_bytes())
 
     @Route("/api/sample", face=parse_whole(0, 99))
     def sample(self, model: Model, face: int) -> dict:
@@ -3368,7 +3490,7 @@ class Site:
                 for line in part[::-1][::math.ceil(len(part) / 500) or 1]}
         return {"lines": [kept[epoch] for epoch in sorted(kept)]}
 
-    @Route("/api/timelapse", heavy=True, face=parse_whole(0, 100, 100))
+    @Route("/api/timelapse", lock="heavy", face=parse_whole(0, 100, 100))
     def timelapse(self, model: Model, face: int) -> Response:
         """The sample grids, or one face of them, as a film over the epochs."""
         paths, cell, frames = list(self.grids().values()), model.size + 2, []
@@ -3382,33 +3504,33 @@ class Site:
             raise BadRequest(404, "training wrote no sample grids here")
         return Response(200, "image/webp", film_bytes(frames, 100))
 
-    @Route("/api/film", "POST", heavy=True, vectors=parse_vectors(2, MAX_FILM_FACES), scale=parse_whole(1, 4, 2),
+    @Route("/api/film", "POST", lock="heavy", vectors=parse_vectors(2, MAX_FILM_FACES), scale=parse_whole(1, 4, 2),
            loop=None)
     def film(self, model: Model, vectors: Tensor, scale: int, loop) -> Response:
         images = pictures(sample_images(model.generator, interpolate(vectors, loop=loop is True)))
         return Response(200, "image/webp", film_bytes([ImageOps.scale(image, scale) for image in images]))
 
-    @Route("/api/directions", heavy=True)
+    @Route("/api/directions", lock="heavy")
     def directions(self, model: Model) -> dict:
         return {"directions": describe_directions(*self.strongest(model.generator))}
 
-    @Route("/api/average", heavy=True)
+    @Route("/api/average", lock="heavy")
     def average(self, model: Model) -> dict:
         return {"values": tidy(self.middle(model.generator))}
 
-    @Route("/api/regions", "POST", heavy=True, values=parse_vector)
+    @Route("/api/regions", "POST", lock="heavy", values=parse_vector)
     def regions(self, model: Model, values: Tensor) -> dict:
         return describe_parts(*self.linear(model.generator, tuple(values.tolist())))
 
-    @Route("/api/region", "POST", heavy=True, values=parse_vector, mask=parse_mask)
+    @Route("/api/region", "POST", lock="heavy", values=parse_vector, mask=parse_mask)
     def region(self, model: Model, values: Tensor, mask: Tensor) -> dict:
         return {"sliders": describe_sliders(*self.linear(model.generator, tuple(values.tolist())), mask)}
 
-    @Route("/api/paint", "POST", heavy=True, values=parse_vector, target=parse_picture, mask=parse_mask)
+    @Route("/api/paint", "POST", lock="heavy", values=parse_vector, target=parse_picture, mask=parse_mask)
     def paint(self, model: Model, values: Tensor, target: Tensor, mask: Tensor) -> dict:
         return self.fitted(model.generator, values, target, mask + KEEP_REST)
 
-    @Route("/api/invert", "POST", heavy=True, target=parse_picture,
+    @Route("/api/invert", "POST", lock="heavy", target=parse_picture,
            values=lambda value, size: None if value is None else parse_vector(value, size))
     def invert(self, model: Model, values: Tensor | None, target: Tensor) -> dict:
         """One step to the face that is most like a target."""
@@ -3422,7 +3544,7 @@ class Site:
         before, now = distances_to(target, generator(torch.stack([z, better])), weights).tolist()
         return {"values": tidy(better), "distance": round(now, 3), "done": before - now < FIT_DONE}
 
-    @Route("/api/photo", "POST", heavy=True, photo=parse_photo, box=parse_square)
+    @Route("/api/photo", "POST", lock="heavy", photo=parse_photo, box=parse_square)
     def photo(self, model: Model, photo: Image.Image, box: Box | None) -> dict:
         """The faces in a photo, or what lies in the box, cut out as targets of /api/invert."""
         found, note, (width, height) = [(box, 0.0)] if box else [], "", photo.size
@@ -3440,7 +3562,7 @@ class Site:
         photo.thumbnail((1000, 1000))
         return {"width": width, "height": height, "picture": data_url(photo, "JPEG"), "faces": faces, "note": note}
 
-    @Route("/api/neighbours", "POST", heavy=True, values=parse_vector)
+    @Route("/api/neighbours", "POST", lock="faces", values=parse_vector)
     def neighbours(self, model: Model, values: Tensor) -> dict:
         """The training faces most like a face, in the judge's features."""
         known = self.known(model)
@@ -3580,7 +3702,7 @@ def serve(settings: EvalSettings, training_ends: float = math.inf) -> int:
         model = site.load()
         first = "POST", "/api/regions", json.dumps({"values": [0] * LATENT_SIZE}).encode()  # takes torch longer
         threading.Thread(target=site.respond, args=first, daemon=True).start()
-        say(f"faces of {site.default} (epoch {model.facts['epoch']}) at {server.url} (Ctrl-C ends)")
+        say(f"faces of {site.checkpoints()[0].path} (epoch {model.facts['epoch']}) at {server.url} (Ctrl-C ends)")
         server.serve_forever()
     return 0
 
@@ -3703,11 +3825,8 @@ def command_prepare(settings: PrepareSettings) -> int:
 def command_judge(settings: JudgeSettings) -> int:
     """checkpoints -> a line of scores each"""
     run, device = find_run(settings.run, settings.checkpoint), pick_device(settings.device)
-    if settings.checkpoint == "all":
-        paths = [*kept_checkpoints(run).values(), run / "best.pt", run / "last.pt"]
-        paths = [path for path in paths if path.exists()]
-    else:
-        paths = [find_checkpoint(run, settings.checkpoint)]
+    every = settings.checkpoint == "all"
+    paths = [*checkpoints_of(run).values()] if every else [find_checkpoint(run, settings.checkpoint)]
     judge, lines = None, []
     for path in paths:
         generator, facts = load_generator(path, device)

@@ -26,20 +26,20 @@ import builtins, os, signal, sys
 import gan
 left = [int(sys.argv.pop(1))] if os.environ["RANK"] == "0" else [sys.argv.pop(1) and 0]
 def dying(real, half=None):
-    def call(*arguments):
+    def call(*arguments, **options):
         left[0] -= 1
         if left[0] == 0:
             if half: half(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments)
+        return real(*arguments, **options)
     return call
 os.replace, os.fsync = dying(os.replace), dying(os.fsync)
 def half_a_line(run, line):
     with open(run / "log.jsonl", "a") as file: file.write('{"epoch": 9')
 gan.append_log = dying(gan.append_log, half_a_line)
-def half_a_file(path, data):
-    path.with_name(f".gan-{path.name}.{os.getpid()}.tmp").write_bytes(bytes(data)[: len(data) // 2])
-gan.atomic_write = dying(gan.atomic_write, half_a_file)
+def half_a_file(path, *_):
+    path.with_name(f".gan-{path.name}.{os.getpid()}.tmp").write_bytes(b"half of it")
+gan.whole_file = dying(gan.whole_file, half_a_file)
 sys.exit(gan.main(sys.argv[1:]))
 """
 

@@ -67,7 +67,7 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
 def checkpoints(named: list[Path]) -> list[Path]:
     """The files named, and the kept ones of the folders named."""
     return [path for name in named
-            for path in (gan.kept_checkpoints(name).values() if name.is_dir() else [name])]
+            for path in (gan.by_epoch(name, ".pt").values() if name.is_dir() else [name])]
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import zipfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -285,7 +286,7 @@ def test_a_file_is_written_where_folders_cannot_be_synced(tmp_path, monkeypatch)
 
 
 def test_failing_writes_name_the_file_and_leave_it_whole(tmp_path, monkeypatch):
-    """An error of the system becomes one line; the file before stays, and nothing half written."""
+    """The file before stays, and nothing half written."""
     path = tmp_path / "file"
     gan.atomic_write(path, b"before")
 
@@ -293,24 +294,26 @@ def test_failing_writes_name_the_file_and_leave_it_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gan.os, "fsync", full)
-    with pytest.raises(gan.UserError, match=r"cannot write .*file: No space left on device"):
+    with pytest.raises(OSError, match="No space left on device") as told:
         gan.atomic_write(path, b"after")
+    assert told.value.filename == str(path)
     assert path.read_bytes() == b"before" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_only_our_own_orphans_are_removed(tmp_path):
     """Not those in folders below, which may belong to somebody else: --run may name any folder."""
-    (tmp_path / "data" / ".gan-prepare-1").mkdir(parents=True)
-    (tmp_path / ".gan-last.pt").touch()
+    (tmp_path / "data" / ".gan-prepare").mkdir(parents=True)
+    for name in (".gan-last.pt", ".gan-x.png.17.tmp", ".gan-0123456789abcdef.uint8", ".gan-notes"):
+        (tmp_path / name).touch()
     gan.remove_orphans(tmp_path)
-    assert [path.name for path in tmp_path.rglob("*")] == ["data", ".gan-prepare-1"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".gan-notes", ".gan-prepare", "data"]
 
 
 def test_curves_are_plotted_without_a_display(tmp_path, monkeypatch):
     """And with missing values, which a minibatch without a discriminator update has."""
     monkeypatch.delenv("DISPLAY", raising=False)
     line = dict.fromkeys(gan.COLUMNS, 0.5) | {"epoch": 1, "gradient_penalty": None}
-    gan.write_curves(tmp_path, [line, line | {"epoch": 2}])
+    gan.write_accessory(tmp_path / "curves.png", gan.plot_curves, "run", [line, line | {"epoch": 2}])
     with gan.Image.open(tmp_path / "curves.png") as image:
         assert image.width >= 800 and len(image.convert("RGB").getcolors(10**6)) > 10
 
@@ -328,21 +331,80 @@ def test_curves_of_a_run_of_any_name(monkeypatch, recwarn, name):
 
 def test_curves_do_not_need_the_backend_of_a_notebook(tmp_path):
     """Colab and Jupyter name theirs to all that they start, where it is not installed."""
-    code = f"import gan, pathlib; gan.write_curves(pathlib.Path(), [{LINE}])"
+    code = f"import gan; gan.write_accessory(gan.Path('curves.png'), gan.plot_curves, 'run', [{LINE}])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100,
                           env=os.environ | {"MPLBACKEND": "module://a_notebook.that_is_not_here"})
     assert (done.returncode, done.stdout) == (0, "") and (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_a_picture_that_cannot_be_made_ends_nothing(tmp_path, monkeypatch, capsys):
-    """It is told in a line, and the curves from before stay."""
+    """It is told in a line, and the one from before stays; a folder that is gone is made anew."""
     def plot_curves(title, lines):
         raise RuntimeError("no latex here\nat all")
-    monkeypatch.setattr(gan, "plot_curves", plot_curves)
     (tmp_path / "curves.png").write_bytes(b"before")
-    gan.write_curves(tmp_path, [LINE])
+    gan.write_accessory(tmp_path / "curves.png", plot_curves, "run", [LINE])
     assert capsys.readouterr().out == "no curves.png: no latex here at all\n"
     assert (tmp_path / "curves.png").read_bytes() == b"before"
+    (tmp_path / "x.png").mkdir()
+    gan.write_accessory(tmp_path / "x.png", gan.plot_curves, "run", [LINE])
+    assert capsys.readouterr().out.startswith("no x.png: ")
+    gan.write_accessory(tmp_path / "samples" / "1.png", gan.grid_png, torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    assert (tmp_path / "samples" / "1.png").exists()
+
+
+@pytest.mark.parametrize(("denials", "good"), [(0, True), (15, True), (1000, False)])
+def test_a_replacement_that_is_denied_is_tried_again_for_two_seconds(tmp_path, monkeypatch, denials, good):
+    """A virus scanner that looks at a new file lets go of it; who may not write at all is told."""
+    waited, real, calls = [], os.replace, []
+
+    def denied(*arguments):
+        calls.append(arguments)
+        if len(calls) <= denials:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        real(*arguments)
+    monkeypatch.setattr(gan.os, "replace", denied)
+    monkeypatch.setattr(gan.time, "sleep", waited.append)
+    with nullcontext() if good else pytest.raises(PermissionError):
+        gan.atomic_write(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] * good and (good or 1.9 < sum(waited) < 2.1)
+
+
+def test_a_save_never_takes_last_away(tmp_path, monkeypatch):
+    """At every call of the system there is a whole last.pt, also on a file system without hard links."""
+    def looking(real, *arguments, **options):
+        gan.read_checkpoint(tmp_path / "last.pt")
+        return real(*arguments, **options)
+    for links in (True, False):
+        if not links:
+            monkeypatch.setattr(gan.os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+        gan.save_last(tmp_path, STATE)
+        for call in ("replace", "unlink", "fsync"):
+            monkeypatch.setattr(gan.os, call, partial(looking, getattr(os, call)))
+        for images in (1, 2):
+            gan.save_last(tmp_path, STATE | {"progress": {"images_seen": images}})
+        assert [gan.read_checkpoint(tmp_path / name)["progress"]["images_seen"]
+                for name in ("previous.pt", "last.pt")] == [1, 2]
+
+
+@pytest.mark.parametrize(("before", "epochs", "told"), [
+    (b'\xef\xbb\xbf{"epoch": 1}\n{"epoch": 2}\n', [1, 2], []), (b'{"epoch": 1}\n\n \n{"epoch": 2}\n', [1, 2], []),
+    (b'{"epoch": 1}\n{"ep\xffoch": 2}\n{"epoch": 3}\n', [1, 3], [2]), (b'{"a": 1}\n[]\n7\n{"epoch": 2}', [2], [1, 2, 3]),
+    (b'{"epoch": 1}\n{"epoch": 2', [1], []), (b'{"epoch": "1"}\r\n{"epoch": 2}\r\n', [2], [1])])
+def test_a_damaged_line_costs_no_other(tmp_path, before, epochs, told):
+    """A byte order mark and blank lines are nothing, a last line may be cut, and others that are damaged are told."""
+    (tmp_path / "log.jsonl").write_bytes(before)
+    lines, damaged = gan.parse_log(tmp_path)
+    assert ([line["epoch"] for line in lines], damaged) == (epochs, told)
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl", "best.pt", "samples", "last.pt"])
+def test_a_new_run_writes_over_nothing_of_others(dataset, tmp_path, name):
+    """Which training of gan.py did not write, as its config.json tells."""
+    (tmp_path / name).write_text('{"theirs": 1}')
+    settings = gan.TrainSettings(data=str(dataset), run=str(tmp_path), width=4, epochs=1, batch_size=16, device="cpu")
+    with pytest.raises(gan.UserError, match="another (folder with )?--run"):
+        gan.train(settings)
+    assert (tmp_path / name).read_text() == '{"theirs": 1}'
 
 
 def test_files_of_a_long_run_thin_out():

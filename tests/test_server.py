@@ -208,12 +208,28 @@ def test_the_scores_of_checkpoints_are_told(copied):
 
 
 def test_newer_checkpoint_is_picked_up(copied):
-    """A last.pt that training replaced makes the next face; in the moment when it is away, the one before still does."""
-    site, before = gan.Site(copied, None, CPU), oracle(copied / "last.pt", BASE)
-    (copied / "last.pt").unlink()  # as between the two renames of a save
-    assert same(picture(site.respond("GET", target()).body), before) and site.respond("GET", "/api/model").status == 200
+    """A last.pt that training replaced makes the next face."""
+    site = gan.Site(copied, None, CPU)
     os.replace(copied / "epoch-00002.pt", copied / "last.pt")
     assert same(picture(site.respond("GET", target()).body), oracle(copied / "last.pt", BASE))
+
+
+def test_requests_beside_saves_are_all_answered(copied):
+    """While another thread saves again and again, and best.pt appears."""
+    site, state, over = gan.Site(copied, None, CPU), gan.read_checkpoint(copied / "last.pt"), threading.Event()
+
+    def save():
+        while not over.is_set():
+            gan.save_last(copied, state)
+            gan.write_checkpoint(copied / "best.pt", state)
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        answers = [site.respond("GET", path).status for path in (target(), "/api/model", "/api/samples") * 20]
+    finally:
+        over.set()
+        thread.join()
+    assert answers == [200] * 60
 
 
 def test_a_checkpoint_that_was_replaced_is_held_while_it_is_used(copied):

@@ -237,20 +237,19 @@ def die_at(monkeypatch, moment: str, nth: int) -> None:
     """Raise Killed at the nth time that training passes a moment; a log line or a file is half written then."""
     owner, name = {"rename": (gan.os, "replace"), "fsync": (gan.os, "fsync"), "log": (gan, "append_log"),
                    "update": (gan.Trainer, "train_minibatch"), "grid": (gan, "grid_image"),
-                   "file": (gan, "atomic_write")}[moment]
+                   "file": (gan, "whole_file")}[moment]
     real, calls = getattr(owner, name), []
 
-    def dying(*arguments):
+    def dying(*arguments, **options):
         calls.append(0)
         if len(calls) == nth:
             if moment == "log":
                 with open(arguments[0] / "log.jsonl", "a") as file:
                     file.write(json.dumps(arguments[1])[:30])
             if moment == "file":
-                path, data = arguments
-                path.with_name(f".gan-{path.name}.1.tmp").write_bytes(bytes(data)[:len(data) // 2])
+                arguments[0].with_name(f".gan-{arguments[0].name}.1.tmp").write_bytes(b"half of it")
             raise Killed
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(owner, name, dying)
 
@@ -620,6 +619,39 @@ def test_going_on_from_a_kept_checkpoint(unbroken, dataset, tmp_path):
     assert result["state"]["settings"].pop("checkpoint") == "2"
     result["state"]["settings"]["checkpoint"] = None
     assert same(result, unbroken("WGAN"))
+
+
+def test_killed_after_going_back_it_goes_on_from_there(unbroken, dataset, tmp_path, monkeypatch):
+    """From the checkpoint that was named, not from the end that was left, though nothing was saved since; the log is
+    cut after that."""
+    run = tmp_path / "run"
+    gan.train(settings(dataset, run))
+    with monkeypatch.context() as patch:
+        die_at(patch, "log", 1)
+        with suppress(Killed):
+            gan.train(settings(dataset, run, checkpoint="2"))
+    assert gan.train(settings(dataset, run)) == 0
+    assert same(outcome(run), unbroken("WGAN-GP"))
+
+
+@pytest.mark.parametrize("lost", ["samples", "log", "run"])
+def test_what_is_tidied_away_in_mid_run_costs_no_epoch(dataset, tmp_path, monkeypatch, capsys, lost):
+    """Pictures cost a line at most; where the log cannot be written the run ends, and what it learnt is saved."""
+    run, real = tmp_path / "run", gan.append_log
+
+    def tidy(path, line):
+        if line["epoch"] == 2:
+            if lost == "log":
+                (run / "log.jsonl").unlink()
+                (run / "log.jsonl").mkdir()
+            else:
+                gan.shutil.rmtree(run / "samples" if lost == "samples" else run)
+        real(path, line)
+    monkeypatch.setattr(gan, "append_log", tidy)
+    code = gan.main(["train", "--data", str(dataset), "--run", str(run), "--width", "4", "--batch-size", "16", "--epochs",
+                     "3", "--device", "cpu"])
+    assert code == (lost != "samples") and gan.read_checkpoint(run / "last.pt")["progress"]["epoch"] == 3 - code
+    assert "Traceback" not in capsys.readouterr().err and (code or (run / "samples" / "epoch-00002.png").exists())
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["epoch", "stopped"])
