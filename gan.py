@@ -3557,8 +3557,8 @@ class Site:
         elif not (0 <= box[0] + box[2] <= 2 * width and 0 <= box[1] + box[3] <= 2 * height
                   and box[2] - box[0] <= 2 * max(photo.size)):
             raise BadRequest(400, "box: its middle is not in the photo")
-        faces = [{"box": list(face[0]), "target": data_url(Image.fromarray(crop_square(photo, face, model.size)))}
-                 for face in found]
+        faces = [{"box": list(face[0]), "angle": face[1],
+                  "target": data_url(Image.fromarray(crop_square(photo, face, model.size)))} for face in found]
         photo.thumbnail((1000, 1000))
         return {"width": width, "height": height, "picture": data_url(photo, "JPEG"), "faces": faces, "note": note}
 

@@ -657,7 +657,6 @@ def test_photo_by_a_square(page, server):
     left, top, right, bottom = map(int, parse_qs(urlsplit(sent.value.url).query)["box"][0].split(","))
     assert right - left == bottom - top == 150 and top == 75 and 50 < left < 70
     page.locator("#note", has_text="Found").wait_for()
-    assert page.locator("#likeness").is_visible()
     await_changed(page, BASE)
     page.locator("#undo").click()  # the whole search is one step
     await_shown(page, BASE)
@@ -674,6 +673,150 @@ def test_photo_of_several_faces(page, server):
         page.locator("#found button").nth(1).click()
     assert sent.value.post_data_json["target"] == other["faces"][0]["target"]
     page.locator("#note", has_text="Found").wait_for()
+
+
+def touch_photo(page, server, file=None, faces=("45,45,255,255",), angle=0.0) -> None:
+    """Open a photo in which faces lie in these squares, and wait for the likeness of the first."""
+    found = [photo_answer(server, box)["faces"][0] | {"angle": angle} for box in faces]
+    page.route("**/api/photo?*", lambda route: route.fulfill(json=photo_answer(server, faces[0]) | {"faces": found}))
+    page.locator("#tool-photo").click()
+    page.locator("#file").set_input_files(file or photo_file())
+    if len(faces) > 1:
+        page.locator("#found button").first.click()
+    page.locator("#note", has_text="Found").wait_for()
+    page.wait_for_function("() => isOf(shown) && search === null")
+
+
+def square_of(page) -> np.ndarray:
+    """The photo's square as large as the face on the screen."""
+    return pixels_of(page.evaluate("resized(doc.photo.square, 640).toDataURL().split(',')[1]"))
+
+
+def saved_photo(page) -> np.ndarray:
+    page.locator("#tool-photo").click()
+    with page.expect_download() as download:
+        page.locator("#save-photo").click()
+    return np.asarray(Image.open(download.value.path()).convert("RGB")).astype(int)
+
+
+def test_the_stage_shows_the_photo_and_a_slider_its_part(page, server, run):
+    """The likeness found, the photo is seen to a grey level, though the network's face is far from it; a slider that moves
+    a part of the network's face, and the rest by a fifth of that, changes the part of the photo at least five times as much
+    as the rest; undo brings the photo back to the bit."""
+    touch_photo(page, server)
+    photo, before, vector = square_of(page), seen(page), in_link(page.url)
+    assert np.abs(before - photo).mean() < 1
+    page.locator("#bare").click()
+    assert np.abs(seen(page) - photo).mean() > 5
+    page.locator("#bare").click()
+    face = oracle(run / "last.pt", vector)
+    part = np.zeros((32, 32, 1))
+    part[20:26, 10:22] = 1
+    moved = np.where(face > 128, face - 40, face + 40) * part + np.where(face > 128, face - 8, face + 8) * (1 - part)
+    page.route("**/generate?*", lambda route: route.fulfill(body=gan.png_bytes(Image.fromarray(moved.astype(np.uint8)))))
+    page.locator("#s5").fill("2.5")
+    page.wait_for_function("() => isOf(shown)")
+    change, inside = np.abs(seen(page) - before).mean(2), np.kron(part[..., 0], np.ones((20, 20))) > 0
+    assert change[inside].mean() > 20 and change[inside].mean() > 5 * change[~inside].mean()
+    page.unroute("**/generate?*")
+    page.keyboard.down("b")
+    assert same(seen(page), photo, levels=1)
+    page.keyboard.up("b")
+    assert not same(seen(page), photo, levels=1)
+    page.locator("#undo").click()
+    await_shown(page, vector)
+    assert (seen(page) == before).all()
+
+
+def test_a_held_face_shows_the_photo_before(page, server):
+    """As long as mouse or finger is down, with any tool; what is held is not touched."""
+    touch_photo(page, server)
+    page.locator("#s5").fill("2.5")
+    page.wait_for_function("() => isOf(shown)")
+    changed, photo = seen(page), square_of(page)
+    for tool in ("photo", "touch"):
+        page.locator(f"#tool-{tool}").click()
+        page.locator("#overlay").hover()
+        page.mouse.down()
+        page.wait_for_function("() => before")
+        assert same(seen(page), photo, levels=1)
+        page.mouse.up()
+        assert (seen(page) == changed).all() and not page.evaluate("before")
+    assert page.evaluate("doc.panel?.name ?? 'mouth'") == "mouth"
+
+
+@pytest.mark.parametrize("angle", [0.0, 20.0])
+def test_a_face_is_put_back_into_its_photo(page, server, angle):
+    """Also a tilted one: outside the square nothing of a PNG differs, and inside it the face does; unchanged, the whole is
+    the file. The next face of the photo leaves the first one as it was made."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.paste(Image.fromarray(cartoon_face(3, 7, 128)), (20, 20))
+    image.paste(Image.fromarray(cartoon_face(4, 7, 128)), (160, 160))
+    body = io.BytesIO()
+    image.save(body, "PNG")
+    original, rows = np.asarray(image).astype(int), np.mgrid[:300, :300] + 0.5
+    touch_photo(page, server, {"name": "two.png", "mimeType": "image/png", "buffer": body.getvalue()},
+                ("20,20,148,148", "160,160,288,288"), angle)
+    saved = saved_photo(page)
+    assert (saved == original).all()
+    turn = np.exp(-1j * math.radians(angle))
+    for number, middle in ((0, 84), (1, 224)):
+        if number:
+            page.locator("#found button").nth(1).click()
+            page.locator("#note", has_text="Found").wait_for()
+            page.wait_for_function("() => isOf(shown) && search === null")
+            assert (saved_photo(page) == saved).all()
+        page.locator(f"#s{number}").fill("3")
+        page.wait_for_function("() => isOf(shown)")
+        saved, last = saved_photo(page), saved
+        at = (rows[1] - middle + 1j * (rows[0] - middle)) * turn
+        outside = np.maximum(abs(at.real), abs(at.imag)) > 64
+        assert (saved == last)[outside].all() and not (saved == last).all()
+
+
+def test_a_photo_turned_by_its_exif_is_saved_upright(page, server):
+    """As high and wide as it is seen."""
+    image, body = Image.fromarray(cartoon_face(3, 7, 128)).resize((300, 200)), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x112] = 6
+    image.save(body, "JPEG", exif=exif)
+    touch_photo(page, server, {"name": "me.jpg", "mimeType": "image/jpeg", "buffer": body.getvalue()}, ("10,10,190,190",))
+    assert np.abs(saved_photo(page) - np.asarray(image.rotate(-90, expand=True)).astype(int)).mean() < 6
+
+
+def test_a_large_photo_is_reduced_before_it_travels(page, server):
+    """And the square is still cut from the file as it is; a pasted picture is one that was chosen."""
+    image, body = Image.fromarray(cartoon_face(3, 7, 128)).resize((4000, 3000)), io.BytesIO()
+    image.save(body, "JPEG")
+    with page.expect_request("**/api/photo?*") as sent:
+        touch_photo(page, server, {"name": "me.jpg", "mimeType": "image/jpeg", "buffer": body.getvalue()})
+    assert Image.open(io.BytesIO(sent.value.post_data_buffer)).size == (1600, 1200)
+    assert page.evaluate("doc.photo.box[2] - doc.photo.box[0]") == pytest.approx(210 * 4000 / 300)
+    assert page.evaluate("doc.photo.square.width") == 1280
+    page.locator("#random").click()
+    assert page.evaluate("doc.photo") is None
+    page.evaluate("""() => { const files = new DataTransfer();
+        files.items.add(new File([opened.sent], 'pasted.jpg', { type: 'image/jpeg' }));
+        dispatchEvent(new ClipboardEvent('paste', { clipboardData: files })); }""")
+    page.locator("#note", has_text="Found").wait_for()
+
+
+def test_the_same_file_twice_and_a_search_that_breaks_off(page, server):
+    """Each is looked at anew; a server that fails in mid-search is told beside the photo, and no step goes on for ever."""
+    touch_photo(page, server)
+    page.locator("#random").click()
+    page.route("**/api/invert", lambda route: route.fulfill(status=500, body="the server failed at this\n"))
+    with page.expect_file_chooser() as chooser:
+        page.locator("#file").click()
+    chooser.value.set_files(files=[photo_file()])
+    page.locator("#note", has_text="The search was broken off: the server failed at this").wait_for()
+    page.unroute("**/api/invert")
+    with page.expect_file_chooser() as chooser:
+        page.locator("#file").click()
+    chooser.value.set_files(files=[photo_file()])
+    page.locator("#note", has_text="Found").wait_for()
+    page.trouble.clear()
 
 
 def test_photo_that_is_none(page):
@@ -1005,12 +1148,12 @@ def test_a_search_that_is_interrupted_says_so(page, server):
     page.locator("#tool-photo").click()
     page.locator("#file").set_input_files(photo_file())
     page.locator("#status", has_text="The search ended, because the face was changed meanwhile").wait_for()
-    assert page.locator("#likeness").is_hidden()
+    assert page.evaluate("doc.photo") is None and page.locator("#note").text_content() == ""
     page.locator("#undo").click()
-    assert page.locator("#note").text_content() == "Step 2: 7.0 of 255 away." and page.locator("#likeness").is_visible()
+    assert "broken off" in page.locator("#note").text_content() and page.locator("#bare").is_visible()
     page.locator("#undo").click()
     await_shown(page, BASE)
-    assert page.locator("#likeness").is_hidden()
+    assert page.locator("#bare").is_hidden()
 
 
 def test_a_name_of_blanks_is_refused(page):
