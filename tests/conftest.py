@@ -35,11 +35,28 @@ def hear_z(generator: gan.Generator) -> None:
             weight.data.normal_(0, 0.02)
 
 
+@pytest.fixture(params=["fp32", "bf16"])
+def auto(request, monkeypatch) -> str:
+    """What `--precision auto` stands for, whatever the machine is. bf16 may be emulated: such tests are tiny."""
+    monkeypatch.setattr(gan, "pick_precision", lambda name, _: request.param if name == "auto" else name)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     """A dataset folder of 64 cartoon faces of 32×32 pixels; read only."""
     data = tmp_path_factory.mktemp("dataset") / "data"
     gan.prepare(gan.PrepareSettings(demo=True, data=str(data), size=32, limit=64))
+    return data
+
+
+@pytest.fixture(scope="session")
+def judged_data(tmp_path_factory) -> Path:
+    """A dataset of 200 cartoon faces of 32×32 pixels in four files, and 50 more to judge by; read only."""
+    data = tmp_path_factory.mktemp("judged") / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gan, "BATCH_FILE_FACES", 60)
+        gan.prepare(gan.PrepareSettings(demo=True, data=str(data), size=32, limit=200))
     return data
 
 

@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection
 
 import matplotlib.figure  # noqa: F401
 import pytest
+import torch._dynamo  # the first optimizer imports it, which takes as long as torch itself
 import torch.distributed  # noqa: F401
 
 import gan  # noqa: F401
@@ -41,7 +42,7 @@ class Forked:
         pipes = [CONTEXT.Pipe(duplex=False) for _ in range(2)]
         self.stdout, self.stderr = (os.fdopen(os.dup(ours.fileno())) for ours, _ in pipes)
         theirs = [Connection(os.dup(number), readable=False) for number in outputs] or [theirs for _, theirs in pipes]
-        self.process = CONTEXT.Process(target=begin, daemon=True, args=(
+        self.process = CONTEXT.Process(target=begin, args=(
             code, [*map(str, arguments)], str(cwd), os.environ | environment, theirs))
         self.process.start()
         self.pid = self.process.pid

@@ -3,8 +3,7 @@
 For each number of ranks it starts as many processes of itself on this machine, with gloo. They tell how far the
 gradients of one update are from the mean of those of the parts of the minibatch, which they must be, and from those of
 all of it in a single process, which BatchNorm makes others; and whether all their weights, optimizer and random states
-are the same, bit by bit, after so many balanced minibatches. test_ranks.py asks little of it, and starts other programs
-as ranks by it; slow evidence asks more."""
+are the same, bit by bit, after so many balanced minibatches. test_ranks.py asks little of it; slow evidence asks more."""
 import argparse
 import hashlib
 import json
@@ -32,13 +31,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def environments(count: int) -> list[dict[str, str]]:
+    """What torchrun tells so many ranks; nothing here needs more of it but restarts."""
+    ours = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    return [ours | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
 def start(count: int, *command, **options) -> list[subprocess.Popen]:
-    """That many ranks of a Python command, without torchrun, which nothing here needs but restarts."""
-    ours = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    return [subprocess.Popen([sys.executable, *map(str, command)], text=True,
-                             env=os.environ | ours | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
-            for rank in range(count)]
+    """That many ranks of a Python command."""
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return [subprocess.Popen([sys.executable, *map(str, command)], text=True, env=os.environ | path | rank, **options)
+            for rank in environments(count)]
 
 
 def make_trainer(model: str, ranks: gan.Ranks) -> gan.Trainer:

@@ -102,7 +102,7 @@ def test_faces_of_before_do_not_stay_among_new_ones(trained, tmp_path):
         assert gan.np.abs(gan.np.asarray(face).astype(int) - expected).max() <= 1
 
 
-def test_faces_of_saved_vectors(trained, tmp_path, capsys):
+def test_faces_of_saved_vectors(trained, tmp_path, capsys, auto):
     """What the page (`values`) and invert (a list) save, one or many: those faces, and no more of --count."""
     z = [[round(number, 5) for number in vector] for vector in gan.sample_latents(3, 9).tolist()]
     generator, _ = gan.load_generator(gan.find_checkpoint(trained, None), torch.device("cpu"))
@@ -147,7 +147,7 @@ def test_a_film_of_no_such_kind_is_refused_first(trained, tmp_path, capsys):
     assert not (tmp_path / "faces").exists()
 
 
-def test_the_best_of_some_is_the_most_realistic(trained, dataset, tmp_path):
+def test_the_best_of_some_is_the_most_realistic(trained, dataset, tmp_path, auto):
     """Of each three the one nearest, in its neighbourhoods, to a training face: worked out face by face, as the paper has
     it (half of the neighbourhoods, the smaller ones, count)."""
     assert gan.main(["generate", "--run", str(trained), "--count=4", "--best-of=3", "--seed=2",

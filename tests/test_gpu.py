@@ -1,18 +1,16 @@
 """The one call for a day with a GPU, rehearsed on the CPU."""
 import json
-import subprocess
-import sys
 
 import gpu
-from conftest import ROOT, run_gan
+from forked import Forked
 
 
-def test_the_call_is_rehearsed_on_the_cpu(tmp_path):
+def test_the_call_is_rehearsed_on_the_cpu(judged_data, tmp_path):
     """Every part answers within its time, none fails, and what a person takes home is there; the table has its figures."""
-    assert run_gan("prepare", "--demo", "--limit", 100, "--size", 32, "--data", "faces", cwd=tmp_path).returncode == 0
-    done = subprocess.run([sys.executable, ROOT / "tests" / "gpu.py", "--out", "out", "--data", "faces", "--device", "cpu",
-                           "--seconds", "20", "--width", "8"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    with Forked("--out=out", "--data", judged_data, "--device=cpu", "--seconds=2", "--width=4", cwd=tmp_path,
+                code="import gpu; gpu.LEAST_SECONDS = 300; gpu.main()") as process:
+        code, _, errors = process.end()
+    assert code == 0, errors
     found = gpu.results(tmp_path / "out")
     assert {row["part"] for row in found} == set(gpu.PARTS)
     assert [row for row in found if "failed" in row or row.get("good") is False] == []

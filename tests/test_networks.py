@@ -155,7 +155,7 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert not torch.equal(first.layers[0].weight, other.layers[0].weight)
 
 
-def test_the_first_penalties_are_moderate():
+def test_the_first_penalties_are_moderate(auto):
     """A critic that begins with huge gradients hardly learns for a thousand updates: DCGAN's N(0, 0.02) gave 645."""
     faces = torch.from_numpy(gan.np.stack([cartoon_face(0, i, 80) for i in range(20)])).permute(0, 3, 1, 2)
     trainer = gan.Trainer(gan.TrainSettings(width=16, balance=1000), 80, torch.device("cpu"))

@@ -1,14 +1,13 @@
 """Several ranks: what they compute is the mean of what each would alone; whatever ends or stops one of them all learn."""
 import json
-import subprocess
-import sys
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import ranks as together
 import torch
-from conftest import ROOT
+from forked import Forked
 from test_train import outcome, same
 
 import gan
@@ -54,14 +53,6 @@ def alone(data: Path, run: Path, **changes) -> None:
 
 
 @pytest.fixture(scope="module")
-def judged_data(tmp_path_factory) -> Path:
-    """A dataset of 400 faces in two files, and 100 more to judge by."""
-    data = tmp_path_factory.mktemp("judged") / "data"
-    gan.prepare(gan.PrepareSettings(demo=True, data=str(data), size=32, limit=400))
-    return data
-
-
-@pytest.fixture(scope="module")
 def lives(dataset, judged_data, tmp_path_factory):
     """(folder of the runs, name of a life -> (exit code, standard output, standard error) of each rank), and under the
     name "measured" what ranks.measure found: all by the same processes, because starting them takes longest."""
@@ -80,8 +71,9 @@ def lives(dataset, judged_data, tmp_path_factory):
             "too few": ({}, command(dataset, folder / "too-few", batch_size=2)),
             "judged": ({"memory": 0}, command(judged_data, folder / "judged", epochs=1, batch_size=100))}
     jobs = [[together.free_port(), *life] for life in told.values()]
-    processes = together.start(RANKS, "-c", LIVES, json.dumps(jobs), stdout=subprocess.PIPE)
-    answers = [json.loads(process.communicate(timeout=200)[0]) for process in processes]
+    with ExitStack() as stack:
+        ranks = [stack.enter_context(Forked(json.dumps(jobs), cwd=folder, code=LIVES, **rank)) for rank in together.environments(RANKS)]
+        answers = [json.loads(rank.stdout.read()) for rank in ranks]
     return folder, dict(zip(["measured", *told], zip(*answers, strict=True), strict=True))
 
 
@@ -184,7 +176,7 @@ def test_ranks_wait_for_the_judge_and_map_faces(lives, judged_data):
     """Where faces do not fit, all ranks unpack and map the same file; scores stand in the log."""
     assert codes(lives, "judged") == [0] * RANKS and errors(lives, "judged") == [""] * RANKS
     line, = gan.read_log(lives[0] / "judged")
-    assert "distance" in line["scores"] and line["images_seen"] == 400
+    assert "distance" in line["scores"] and line["images_seen"] == 200
     assert sorted(path.suffix for path in judged_data.glob(".gan-*")) == [".uint8"] * 2  # the held-out ones' too
 
 
@@ -213,10 +205,10 @@ def test_torchrun_restarts_from_the_last_checkpoint(dataset, tmp_path):
         "code = gan.main(sys.argv[1:])\n"
         "sys.stdout.flush()\n"
         "os._exit(code)\n")  # as gan.py ends: Python's own end may abort inside torch
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           "--max-restarts", "1", "--", "dying.py", "train", *command(dataset, tmp_path / "run")], cwd=tmp_path,
-                          env=together.os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    with Forked("--standalone", "--nproc-per-node=2", "--max-restarts=1", "--", "dying.py", "train",
+                *command(dataset, tmp_path / "run"), cwd=tmp_path, code="import torch.distributed.run as t; t.main()") as torchrun:
+        code, told, errors = torchrun.end()
+    assert code == 0, errors
     assert (tmp_path / "killed").exists()  # torchrun may name the other one, which ends because of it
-    assert f"going on from {tmp_path / 'run' / 'last.pt'}, epoch 1" in done.stdout
+    assert f"going on from {tmp_path / 'run' / 'last.pt'}, epoch 1" in told
     assert [line["epoch"] for line in gan.read_log(tmp_path / "run")] == [1, 2, 3]

@@ -55,7 +55,7 @@ def photo(width=60, height=40) -> bytes:
 
 # ---- what is answered ----
 
-def test_faces_stand_side_by_side(site, run):
+def test_faces_stand_side_by_side(site, run, auto):
     """Each as /generate makes it, of the asked checkpoint."""
     vectors = [changed(i, 3) for i in range(5)]
     for which in ("last", "2"):
@@ -93,7 +93,7 @@ def test_the_average_face_is_told(site):
     assert site.respond("GET", target(values)).status == 200
 
 
-def test_a_region_slider_moves_its_region(site, run):
+def test_a_region_slider_moves_its_region(site, run, auto):
     """In the pictures themselves, not by what is said of it."""
     slider = post(site, "/api/region", values=BASE, mask=MASK)["sliders"][0]
     moved = np.array(BASE) + 0.5 * np.array(slider["vector"])
@@ -101,7 +101,7 @@ def test_a_region_slider_moves_its_region(site, run):
     assert change[:SIZE // 2].mean() > 3 * change[SIZE // 2:].mean()
 
 
-def test_paint_brings_the_face_nearer_to_the_painted(site, run):
+def test_paint_brings_the_face_nearer_to_the_painted(site, run, auto):
     """Where the mask is, and the rest stays nearer to what it was than another face is."""
     face, other = oracle(run / "last.pt", BASE), oracle(run / "last.pt", changed(0, 3)[::-1])
     painted = face.copy()
@@ -141,7 +141,7 @@ def test_faces_of_a_photo_are_found(site, monkeypatch, boxes, note):
     assert all(image_of(one["target"]).shape == (SIZE, SIZE, 3) for one in found["faces"])
 
 
-def test_a_photo_becomes_a_face_step_by_step(site, run):
+def test_a_photo_becomes_a_face_step_by_step(site, run, auto):
     """Each answer is nearer than the one before until it says done; a face of the network is found nearly again."""
     url, values, distances = png_url(oracle(run / FILES["4"], BASE)), None, []
     for _ in range(40):
@@ -222,7 +222,7 @@ def test_neighbours_among_other_faces_than_the_networks_are_a_404(copied, tmp_pa
     state["settings"]["data"] = str(tmp_path / "data")
     gan.write_checkpoint(copied / "last.pt", state)
     response = post(gan.Site(copied, None, CPU), "/api/neighbours", values=BASE)
-    assert response.status == 404 and b"holds other faces than those that this network was trained on" in response.body
+    assert response.status == 404 and b"does not hold the faces that this network was trained on" in response.body
 
 
 def test_grids_of_any_epoch_are_shown(trained, tmp_path):
