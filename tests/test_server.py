@@ -35,7 +35,7 @@ BASE = [round(v, 2) for v in np.random.default_rng(5).normal(size=128).clip(-3, 
 
 def oracle(path: Path, values, precision=nullcontext) -> np.ndarray:
     """The face (S, S, 3) of one vector, generated in float32 from the checkpoint file without any of gan.py's code for
-    that; strips are made in gan.autocast(CPU), and vivid_copy's gain would make much of a difference that nobody sees."""
+    that; strips are made in gan.autocast(CPU), and the gain of `run` would make much of a difference that nobody sees."""
     state = torch.load(path, weights_only=True)
     generator = gan.Generator(state["image_size"], state["settings"]["width"]).eval()
     generator.load_state_dict(state["networks"]["averaged"])
