@@ -105,6 +105,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())[:200]
 
 
+def text_of(path: Path) -> str:
+    """What a small file says; nothing where there is none."""
+    with suppress(OSError):
+        return path.read_text()
+    return ""
+
+
 def random_stream(purpose: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of random numbers that are independent of those for other purposes with the same seed."""
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
@@ -169,18 +176,16 @@ class TrainSettings:
     epochs: int = setting(3000, "passes over all faces", between(1, 10**7), "N")
     batch_size: int = setting(20, "faces in a minibatch", between(2, 10**5), "N", fixed=True)
     width: int = setting(64, "channels of the widest layers / 8", between(4, 512), "N", fixed=True)
-    balance: str | int = setting("accuracy", "'accuracy' (train the network that is behind), 'half' (the first "
-                                 "rule: see the README) or discriminator updates a generator update",
+    balance: str | int = setting("accuracy", "'accuracy' (train what is behind), 'half' (see the README) or "
+                                 "discriminator updates a generator update",
                                  between(1, 1000, words=("accuracy", "half")), "RULE")
     learning_rate: float | None = setting(None, "of both networks (default: the papers' 2e-4 for DCGAN and 5e-5 for "
                                           "WGAN, 4e-4 for WGAN-GP)", between(1e-7, 1.0, float), "RATE")
     clip: float = setting(0.1, "WGAN: limit of a discriminator weight", between(1e-4, 100.0, float), "LIMIT")
     device: str = setting("auto", *DEVICES)
-    precision: str = setting("auto", "of the forward and backward passes: fp32, bf16 or auto (bf16 where it is "
-                             "known to be faster)", one_of("auto", "fp32", "bf16"), "NAME")
+    precision: str = setting("auto", "auto (what is faster), fp32 or bf16", one_of("auto", "fp32", "bf16"), "NAME")
     seed: int = setting(0, "seed of weights, order and latent vectors", between(0, 2**31 - 1), "N", fixed=True)
-    checkpoint: str | None = setting(None, "go on from this one (epoch number or file), not from the last",
-                                     metavar="WHICH")
+    checkpoint: str | None = setting(None, "go on from this one (epoch number or file), not the last", metavar="WHICH")
     start_from: str | None = setting(None, "begin a new run with the networks of this checkpoint; 'box': of the one in "
                                      "the box, as where photos are few; 'none': new ones", metavar="FILE|box|none")
     sample_every: int | None = setting(None, "epochs between sample grids (default: 1 at first, then 2 % apart)",
@@ -188,8 +193,7 @@ class TrainSettings:
     save_every: int = setting(10, "epochs between checkpoints", between(1, 10**7), "EPOCHS")
     keep_every: int | None = setting(None, "epochs between checkpoints that are kept (default: 1, 2, 4, 8, …)",
                                      between(1, 10**7), "EPOCHS")
-    judge_every: int = setting(10, "epochs between judgements; kept checkpoints are judged too", between(1, 10**7),
-                               "EPOCHS")
+    judge_every: int = setting(10, "epochs between judgements (and at kept checkpoints)", between(1, 10**7), "EPOCHS")
     stop_on_collapse: bool = setting(False, "end the run (exit code 3) when the faces collapse")
 
 
@@ -411,10 +415,9 @@ def pick_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
-        with suppress(OSError):  # there is no such file but on Linux
-            about = Path("/proc/cpuinfo").read_text()
-            flags = "amx_bf16|avx512_bf16" if "AuthenticAMD" in about else "amx_bf16"
-            native = bool(re.search(rf"\b({flags})\b", about))
+        about = text_of(Path("/proc/cpuinfo"))  # Linux has it
+        flags = "amx_bf16|avx512_bf16" if "AuthenticAMD" in about else "amx_bf16"
+        native = bool(re.search(rf"\b({flags})\b", about))
     return name if name != "auto" else "bf16" if native else "fp32"
 
 
@@ -1116,23 +1119,20 @@ def usable_cores() -> int:
     """How many cores this process may use: those it is bound to, within the quotas of its control groups."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in control_groups("cpu"):
-        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-            with suppress(OSError, ValueError):  # "max" is no limit
-                quota, period = (int(word) for name in names for word in (group / name).read_text().split())
-                cores = min(cores, max(1, quota // period)) if quota > 0 else cores
+        words = " ".join(text_of(group / f"cpu.{name}") for name in ("max", "cfs_quota_us", "cfs_period_us")).split()
+        if len(words) == 2 and words[0].isdecimal():  # "max" and -1 are no limits
+            cores = min(cores, max(1, int(words[0]) // int(words[1])))
     return cores
 
 
 def control_groups(controller: str) -> list[Path]:
-    """The folders of this process's control group (Linux, version 1 or 2) and of those around it: all their limits
-    hold."""
+    """The folders of this process's control group (Linux, version 1 or 2) and of those around it: all limits hold."""
     groups = [Path("/sys/fs/cgroup")]
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, name = line.split(":", 2)
-            if not controllers or controller in controllers.split(","):
-                group = Path("/sys/fs/cgroup", controller if controllers else "", name.strip("/"))
-                groups += [group, *group.parents]
+    for line in text_of(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, name = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            group = Path("/sys/fs/cgroup", controller if controllers else "", name.strip("/"))
+            groups += [group, *group.parents]
     return groups
 
 
@@ -1145,19 +1145,12 @@ def free_memory(device: torch.device) -> int:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         free = 1024 * int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0])
     for group in control_groups("memory"):
-        for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            with suppress(OSError, ValueError):  # "max" is no limit
-                free = min(free, limit := int((group / most).read_text()))
-                free = max(0, min(free, limit - int((group / used).read_text()) + reclaimable(group)))
+        limit = text_of(group / "memory.max") or text_of(group / "memory.limit_in_bytes")
+        used = text_of(group / "memory.current") or text_of(group / "memory.usage_in_bytes") or "0"
+        if limit.strip().isdecimal():  # "max" is none
+            cached = re.findall(r"inactive_file (\d+)", text_of(group / "memory.stat"))[-1:]  # is let go of at need
+            free = max(0, min(free, int(limit) - int(used) + sum(map(int, cached))))
     return free // max(1, number_from_environment("LOCAL_WORLD_SIZE", 1))
-
-
-def reclaimable(group: Path) -> int:
-    """Bytes of files that a control group has in memory and that the system lets go of at need."""
-    with suppress(OSError):
-        found = re.findall(r"inactive_file (\d+)", (group / "memory.stat").read_text())
-        return int(found[-1]) if found else 0
-    return 0
 
 
 def map_ahead(function: Callable, items: Iterable, ahead: int = 4) -> Iterator:
@@ -1183,31 +1176,21 @@ def whole_file(path: Path, lasting: bool = True) -> Iterator[IO[bytes]]:
         with open(temporary, "wb") as file:
             yield file
             if lasting:
-                sync(file)
+                file.flush()
+                os.fsync(file.fileno())
         patiently(os.replace, temporary, path)
         if lasting:
-            sync_folder(path.parent)
+            with suppress(OSError):  # neither Windows nor every file system can do this with a folder
+                folder = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
     finally:
         temporary.unlink(missing_ok=True)  # there is one where writing failed
-
-
-def sync(file: IO) -> None:
-    """Have what was written to a file on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk; neither Windows nor every file system can do this."""
-    with suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
 
 
 def patiently(act: Callable, *arguments):
@@ -1220,9 +1203,9 @@ def patiently(act: Callable, *arguments):
     return act(*arguments)
 
 
-def atomic_write(path: Path, data: bytes | memoryview) -> None:
-    """Write a lasting whole_file."""
-    with whole_file(path) as file:
+def atomic_write(path: Path, data: bytes | memoryview, lasting: bool = True) -> None:
+    """Write a whole_file."""
+    with whole_file(path, lasting) as file:
         file.write(data)
 
 
@@ -1281,12 +1264,6 @@ def check_output(path: Path, *inputs: Path) -> None:
             raise UserError(f"{path} is there already, and gan.py did not write it: move it, or name another")
 
 
-def write_picture(path: Path, png: bytes) -> None:
-    """Write a picture's file, whole or not at all. It can be made again."""
-    with whole_file(path, lasting=False) as file:
-        file.write(png)
-
-
 def empty_of_pngs(folder: Path) -> None:
     """Make a folder for PNG files and remove those written there before. UserError, before that, where one is not
     ours."""
@@ -1301,7 +1278,7 @@ def empty_of_pngs(folder: Path) -> None:
 def write_pngs(folder: Path, images: Tensor, first: int = 0, digits: int = 5) -> None:
     """Write uint8 images as face-00000.png and so on, counted from `first`."""
     for i, image in enumerate(pictures(images), first):
-        write_picture(folder / f"face-{i:0{digits}d}.png", png_bytes(image))
+        atomic_write(folder / f"face-{i:0{digits}d}.png", png_bytes(image), lasting=False)
 
 
 # ================================================================================================
@@ -1495,7 +1472,8 @@ def append_log(run: Path, line: dict) -> None:
     """Add a line to log.jsonl, which is on the disk before the checkpoint that counts on it."""
     with patiently(open, run / "log.jsonl", "ab") as file:
         file.write(json.dumps(line).encode() + b"\n")
-        sync(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def training_under_way(run: Path, most: float = math.inf) -> dict | None:
@@ -1551,7 +1529,7 @@ def write_accessory(path: Path, make: Callable[..., bytes], *arguments) -> None:
     run."""
     try:
         path.parent.mkdir(exist_ok=True)
-        write_picture(path, make(*arguments))
+        atomic_write(path, make(*arguments), lasting=False)
     except Exception as error:  # whatever matplotlib or a disk meets
         say(f"no {path.name}: {one_line(error)}")
 
@@ -1734,11 +1712,8 @@ class Run:
     def tell_way_back(self, trainer: Trainer, problem: NotFinite) -> UserError:
         """What to say of a run that stopped because of numbers that are not finite; nothing of them is saved."""
         good = [epoch for epoch in by_epoch(self.path, ".pt") if epoch <= trainer.progress.epoch]
-        again = f"gan.py train --run {self.path}"
-        kept = (f"epoch {good[-1]}; go on from it with: {again} --checkpoint {good[-1]}" if good else
-                f"none yet; last.pt is gone on from with: {again}")
-        return UserError(f"{problem}: stopped, {self.path / 'last.pt'} is from before. The last good kept checkpoint "
-                         f"is {kept}")
+        way = f"the last kept checkpoint; go on from it with: gan.py train --run {self.path} --checkpoint {good[-1]}"
+        return UserError(f"{problem}: stopped. From before are last.pt and " + (way if good else "no other yet"))
 
     def record(self, trainer: Trainer, line: dict, best: bool) -> None:
         """Write what is due after an epoch: its line of the log, grids, curves, checkpoints."""
@@ -2124,7 +2099,7 @@ def prepare(settings: PrepareSettings) -> dict:
     manifest = {"format": "gan.py faces", "version": DATASET_FORMAT, "image_size": settings.size, **facts,
                 "settings": asdict(settings)}
     atomic_write(data / "manifest.json", json.dumps(manifest, indent=1).encode())
-    write_picture(data / "faces.png", grid_png(read_batch(data, settings.size, facts["batches"][0])[:100]))
+    atomic_write(data / "faces.png", grid_png(read_batch(data, settings.size, facts["batches"][0])[:100]))
     for path in data.glob("*-*-*"):
         if OUR_DATA_FILES.fullmatch(path.name) and path.name not in fresh:
             path.unlink()
@@ -2866,7 +2841,7 @@ def generate(settings: GenerateSettings) -> int:
         for start, part in enumerate(z.split(100)):
             images = sample_images(generator, part, precision="fp32")
             if start == 0:
-                write_picture(grid, grid_png(images))
+                atomic_write(grid, grid_png(images), lasting=False)
             write_pngs(out, images, start * 100, digits)
             bar.update(len(images))
     if film and kind:

@@ -240,3 +240,42 @@ def test_inline_metadata_lists_the_requirements():
     block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", source)["content"]
     dependencies = ast.literal_eval(re.search(r"dependencies = (\[.*?\])", block.replace("\n#", ""), re.DOTALL)[1])
     assert dependencies == (ROOT / "requirements.txt").read_text().split()
+
+
+def test_within_another_process_gan_py_ends_itself_alone(trained, tmp_path):
+    """As %run of a notebook starts it, and profilers do; also with -OO, where there are no docstrings."""
+    cell = (f"import runpy, sys\nsys.argv = ['gan.py', 'generate', '--run', {str(trained)!r}, '--count=1', '--out=g']\n"
+            f"try:\n    runpy.run_path({str(ROOT / 'gan.py')!r}, run_name='__main__')\n"
+            "except SystemExit as end:\n    print('it ended with', end.code)")
+    done = subprocess.run([sys.executable, "-OO", "-c", cell], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout.endswith("it ended with 0\n") and (tmp_path / "g" / "face-00000.png").exists()
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "two"}, {"LOCAL_RANK": "-1"}, {
+    "WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}])
+def test_an_environment_of_other_jobs_gets_a_line(trained, dataset, monkeypatch, capsys, environment):
+    """As clusters leave it to what is not started by torchrun; what is empty counts as not there."""
+    for name, value in {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": "", **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert gan.main(["train", "--data", str(dataset), "--run", str(trained), "--device", "cpu"]) == 1
+    told = capsys.readouterr().err
+    assert "torchrun" in told and told.count("\n") == 1
+    for name in environment:
+        monkeypatch.setenv(name, "")
+    assert gan.join_ranks(gan.torch.device("cpu")).count == 1
+
+
+@pytest.mark.parametrize(("command", "flag"), [("train", "--batch-size"), ("generate", "--count"), ("prepare", "--limit")])
+def test_what_helps_against_too_little_memory_is_a_flag_of_the_command(monkeypatch, capsys, command, flag):
+    """By name."""
+    def hungry(settings):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setitem(gan.COMMANDS, command, (gan.COMMANDS[command][0], hungry, ""))
+    assert gan.main([command]) == 1 and f"out of memory: lower {flag}" in capsys.readouterr().err
+
+
+def test_auto_is_no_device_that_nobody_has_seen(monkeypatch):
+    """Apple's MPS is taken where it is asked for."""
+    monkeypatch.setattr(gan.torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(gan.torch.cuda, "is_available", lambda: False)
+    assert [gan.pick_device(name).type for name in ("auto", "mps")] == ["cpu", "mps"]

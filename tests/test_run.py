@@ -329,6 +329,14 @@ def test_curves_of_a_run_of_any_name(monkeypatch, recwarn, name):
     assert image.size == plain.size and image.tobytes() != plain.tobytes() and not recwarn
 
 
+def test_curves_are_plotted_whatever_a_matplotlibrc_says(monkeypatch):
+    """TeX need not be here, and sizes and colours are ours."""
+    import matplotlib
+    plain = gan.plot_curves("run", [LINE])
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 40, "axes.facecolor": "black"}):
+        assert gan.plot_curves("run", [LINE]) == plain
+
+
 def test_curves_do_not_need_the_backend_of_a_notebook(tmp_path):
     """Colab and Jupyter name theirs to all that they start, where it is not installed."""
     code = f"import gan; gan.write_accessory(gan.Path('curves.png'), gan.plot_curves, 'run', [{LINE}])"

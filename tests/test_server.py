@@ -261,6 +261,27 @@ def test_the_default_follows_the_run(copied):
         assert same(picture(site.respond("GET", target()).body), oracle(copied / f"{name}.pt", BASE))
 
 
+def test_the_first_look_at_training_faces_holds_up_nothing_else(copied, monkeypatch):
+    """It may take seconds, and the page asks for it unasked; what else takes a second of all cores goes on."""
+    looking, over = threading.Event(), threading.Event()
+
+    def slow(*_):
+        looking.set()
+        assert over.wait(PATIENCE)
+        raise gan.UserError("enough")
+    monkeypatch.setattr(gan, "load_known_faces", slow)
+    site, answers = gan.Site(copied, None, CPU), []
+    body = json.dumps({"values": [0] * 128}).encode()
+    thread = threading.Thread(target=lambda: answers.append(site.respond("POST", "/api/neighbours", body).status))
+    thread.start()
+    assert looking.wait(PATIENCE)
+    answers += [site.respond("POST", "/api/average", body).status, site.respond("GET", "/api/average").status,
+                site.respond("GET", target()).status]
+    over.set()
+    thread.join()
+    assert answers == [405, 200, 200, 404]
+
+
 def test_a_damaged_checkpoint_is_not_listed(copied):
     """And costs the others nothing."""
     (copied / "epoch-00002.pt").write_bytes(b"PK" + bytes(5000))
