@@ -775,6 +775,17 @@ def test_a_face_is_put_back_into_its_photo(page, server, angle):
         assert (saved == last)[outside].all() and not (saved == last).all()
 
 
+def test_a_grey_photo_stays_grey(page, server):
+    """Whatever colours the network has for it."""
+    body = io.BytesIO()
+    Image.fromarray(cartoon_face(3, 7, 128)).resize((300, 300)).convert("L").save(body, "PNG")
+    touch_photo(page, server, {"name": "old.png", "mimeType": "image/png", "buffer": body.getvalue()})
+    before = seen(page)
+    page.locator("#s5").fill("2.5")
+    page.wait_for_function("() => isOf(shown)")
+    assert np.ptp(seen(page), axis=2).max() <= 3 and not same(seen(page), before)
+
+
 def test_a_photo_turned_by_its_exif_is_saved_upright(page, server):
     """As high and wide as it is seen."""
     image, body = Image.fromarray(cartoon_face(3, 7, 128)).resize((300, 200)), io.BytesIO()
