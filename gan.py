@@ -1455,13 +1455,16 @@ def read_log(run: Path, up_to_epoch: float = math.inf) -> list[dict]:
     return [line for line in parse_log(run)[0] if line["epoch"] <= up_to_epoch]
 
 
+parse_line = lru_cache(10_000)(json.loads)  # of a log: pages ask every three seconds
+
+
 def parse_log(run: Path) -> tuple[list[dict], list[int]]:
     """(The lines of log.jsonl, numbers of those that are damaged); a last one that a kill cut short is neither."""
     lines, damaged, file = [], [], run / "log.jsonl"
     texts = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if file.exists() else []
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
+            line = parse_line(text)
             lines += [line] if line["epoch"] >= 0 else []
         except (ValueError, TypeError, LookupError, RecursionError):
             damaged += [number] if text.strip() and number < len(texts) else []
@@ -3491,7 +3494,7 @@ class Site:
         listed = [{"name": one.name, "id": one.id, "epoch": one.epoch, "scores": scores.get(one.epoch)}
                   for one in known if one.id]
         return revalidated("application/json", json.dumps({
-            "run": "box" if self.run == BOX else str(self.run), "model": model.facts["model"],
+            "run": "box" if self.run == BOX else str(self.run.resolve()), "model": model.facts["model"],
             "latent_size": LATENT_SIZE, "image_size": model.size,
             "checkpoints": listed, "default": known[0].name,
             "training": training_under_way(self.run, self.training_ends - time.monotonic()),
@@ -3504,7 +3507,8 @@ class Site:
     @Route("/api/samples")
     def samples(self, model: Model) -> dict:
         best = next((one.epoch for one in self.checkpoints() if one.name == "best" and one.id), None)
-        return {"epochs": list(self.grids()), "best": best, "columns": 10, "rows": 10, "tile": model.size, "gap": 2}
+        return {"epochs": list(self.grids()), "best": best, "columns": 10, "rows": 10, "tile": model.size, "gap": 2,
+                "curves": (self.run / "curves.png").is_file()}
 
     @Route("/samples/EPOCH", epoch=parse_whole(0, 10**7))
     def grid(self, model: Model, epoch: int) -> Response:
@@ -3518,13 +3522,11 @@ class Site:
         """The latent vector of one face of the grids."""
         return {"values": tidy(sample_latents(100, model.facts["seed"])[face])}
 
-    @Route("/api/log")
-    def log(self, model: Model) -> dict:
-        """The log's lines: evenly thinned to 500, and as many of the judged ones."""
-        lines = read_log(self.run)
-        kept = {line["epoch"]: line for part in (lines, [line for line in lines if "scores" in line])
-                for line in part[::-1][::math.ceil(len(part) / 500) or 1]}
-        return {"lines": [kept[epoch] for epoch in sorted(kept)]}
+    @Route("/curves.png")
+    def curves(self, model: Model) -> Response:
+        if not (path := self.run / "curves.png").is_file():
+            raise BadRequest(404, "no curves yet")
+        return revalidated("image/png", path.read_bytes())
 
     @Route("/api/timelapse", lock="heavy", face=parse_whole(0, 100, 100))
     def timelapse(self, model: Model, face: int) -> Response:
@@ -3541,10 +3543,11 @@ class Site:
         return Response(200, "image/webp", film_bytes(frames, 100))
 
     @Route("/api/film", "POST", lock="heavy", vectors=parse_vectors(2, MAX_FILM_FACES), scale=parse_whole(1, 4, 2),
-           loop=None)
-    def film(self, model: Model, vectors: Tensor, scale: int, loop) -> Response:
+           loop=None, gif=None)
+    def film(self, model: Model, vectors: Tensor, scale: int, loop, gif) -> Response:
         images = pictures(sample_images(model.generator, interpolate(vectors, loop=loop is True)))
-        return Response(200, "image/webp", film_bytes([ImageOps.scale(image, scale) for image in images]))
+        kind = "gif" if gif is True else "webp"
+        return Response(200, f"image/{kind}", film_bytes([ImageOps.scale(image, scale) for image in images], kind=kind))
 
     @Route("/api/directions", lock="heavy")
     def directions(self, model: Model) -> dict:
