@@ -15,8 +15,6 @@ from forked import Forked
 
 import gan
 
-DECLARATIONS = [declaration for declaration, _, _ in gan.COMMANDS.values()]
-
 
 def test_from_photos_to_a_face_in_the_browser(tmp_path, monkeypatch, capsys):
     """prepare → train → interrupted → gone on with → generate → eval, with defaults where there are some."""
@@ -78,23 +76,9 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, code, w
     assert words in error
 
 
-RANGES = [("prepare", "crop", 0.05, 1.0), ("prepare", "per_person", 0, 10**6), ("prepare", "limit", 0, 10**7),
-          ("train", "epochs", 1, 10**7), ("train", "batch_size", 2, 10**5), ("train", "width", 4, 512),
-          ("train", "learning_rate", 1e-7, 1.0), ("train", "clip", 1e-4, 100.0), ("train", "sample_every", 1, 10**7),
-          ("train", "save_every", 1, 10**7), ("train", "keep_every", 1, 10**7), ("train", "judge_every", 1, 10**7),
-          ("train", "balance", 1, 1000), ("generate", "count", 1, 10**6), ("generate", "min_abs", 0.0, 3.0),
-          ("generate", "best_of", 1, 100),
-          ("eval", "port", 0, 65535), ("demo", "port", 0, 65535),
-          *((command, "seed", 0, 2**31 - 1) for command in ("prepare", "train", "generate", "judge"))]
-DEFAULTS = {"prepare": {"data": "data", "size": 80, "crop": 0.5, "per_person": 0, "limit": 2000, "seed": 0},
-            "train": {"data": "data", "model": "WGAN-GP", "epochs": 3000, "batch_size": 20, "width": 64,
-                      "balance": "accuracy", "clip": 0.1, "device": "auto", "precision": "auto", "seed": 0,
-                      "save_every": 10, "judge_every": 10},
-            "generate": {"count": 100, "seed": 0, "min_abs": 0.0, "best_of": 1, "device": "auto"},
-            "judge": {"seed": 1, "device": "auto"}, "eval": {"host": "127.0.0.1", "port": 8666}, "demo": {"port": 8666}}
-
-
-@pytest.mark.parametrize(("command", "name", "low", "high"), RANGES)
+@pytest.mark.parametrize(("command", "name", "low", "high"), [
+    ("prepare", "crop", 0.05, 1.0), ("prepare", "per_person", 0, 10**6), ("train", "learning_rate", 1e-7, 1.0),
+    ("train", "balance", 1, 1000), ("generate", "min_abs", 0.0, 3.0), ("eval", "port", 0, 65535)])
 def test_numbers_are_taken_from_end_to_end(command, name, low, high):
     """Both ends of a setting's range, what lies between, and nothing beyond."""
     def read(value):
@@ -104,14 +88,6 @@ def test_numbers_are_taken_from_end_to_end(command, name, low, high):
     for beyond in (low - 1, high + 1):
         with pytest.raises(SystemExit):
             read(beyond)
-
-
-@pytest.mark.parametrize("command", DEFAULTS)
-def test_defaults_are_the_documented_ones(command):
-    """What a command does without flags: others script against it."""
-    defaults = {item.name: item.default for item in fields(gan.COMMANDS[command][0])}
-    assert {name: value for name, value in defaults.items() if value is not None and value is not False} == (
-        DEFAULTS[command])
 
 
 PATHS = {("prepare", "dataset"), ("prepare", "data"), ("prepare", "png"), ("train", "data"), ("train", "run"),
@@ -179,13 +155,6 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch):
     monkeypatch.setitem(gan.COMMANDS, "train", (gan.TrainSettings, lambda _: 1 // 0, ""))
     with pytest.raises(ZeroDivisionError):
         gan.main(["train"])
-
-
-def test_every_setting_is_read():
-    """No flag without effect: each declared name is used as an attribute of settings somewhere."""
-    tree = ast.parse((ROOT / "gan.py").read_text("utf-8"))
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert not [item.name for declaration in DECLARATIONS for item in fields(declaration) if item.name not in read]
 
 
 def test_every_setting_has_help_and_a_range(capsys):

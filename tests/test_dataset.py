@@ -897,14 +897,6 @@ def test_where_there_is_no_face_none_is_found(detector):
     assert not any(gan.find_faces(Image.new("RGB", size)) for size in [(500, 400), (1, 1), (5000, 3), (28, 28)])
 
 
-@pytest.mark.parametrize("kind, enough, side",
-                         [("JPEG", 100, 100), ("JPEG", 101, 200), ("JPEG", 800, 800), ("PNG", 100, 800)])
-def test_a_jpeg_is_decoded_no_larger_than_is_enough(kind, enough, side):
-    """In an eighth, a quarter or a half of its size where that will do: most of prepare's time is decoding."""
-    image, scale = gan.open_photo(flat("RGB", (128,) * 3, kind, side=800), enough)
-    assert image.size == (side, side) and scale == 800 / side
-
-
 def test_two_boxes_of_one_face_count_once(monkeypatch):
     """The larger one is the face; what lies left, right, above or below it is another."""
     faces = [(300, 55, 40), (215, 55, 30), (375, 55, 30), (300, 135, 30), (300, 20, 28)]  # middle and side
@@ -1090,17 +1082,6 @@ def test_hostile_things_in_a_folder(tmp_path):
     assert all(found.pop(name).startswith("is a link, not to a file: name what it leads to by another --dataset")
                for name in ("self.png", "out", "sub.png/up"))
     assert found == {"fifo.png": "is not a regular file", "huge.png": "is larger than 100 MB"}
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read every file")
-def test_unreadable_file_and_folder_are_skipped(tmp_path):
-    """A file and a folder without permission are skipped with the system's reason."""
-    source = pack(tmp_path / "photos", {"good.png": photo(1), "closed.png": photo(2), "locked/a.png": photo(3)})
-    (source / "closed.png").chmod(0)
-    (source / "locked").chmod(0)
-    manifest = prepared(source, tmp_path / "data")
-    (source / "locked").chmod(0o700)
-    assert reasons(manifest) == dict.fromkeys(["closed.png", "locked"], "Permission denied")
 
 
 def test_a_folder_that_cannot_be_entered_costs_only_itself(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ GAN_TEST_DATA=DIR has the order tested on the faces of a dataset of yours, with 
 import json
 import math
 import os
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -183,18 +182,6 @@ def test_rank_correlation_is_spearmans():
     assert perceptual.rank_correlation([1, 2, 30], [4, 5, 6]) == pytest.approx(1)
     assert perceptual.rank_correlation([1, 2, 30], [6, 5, 4]) == pytest.approx(-1)
     assert perceptual.rank_correlation([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(1 - 6 * 2 / (4 * 15))
-
-
-def test_the_perceptual_tool_tells_how_to_call_it(monkeypatch, capsys):
-    """--help with the packages that it needs; one line where they are missing."""
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    for arguments in (["--help"], ["--data", "."]):
-        monkeypatch.setattr(sys, "argv", ["perceptual.py", ".", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            perceptual.main()
-        told = capsys.readouterr().out or ended.value.code
-        assert "pip install --no-deps efficientnet-lite-pytorch" in told
-    assert "\n" not in told
 
 
 def test_distance_is_a_multiple_of_real_faces(faces, judge):

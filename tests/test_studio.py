@@ -374,37 +374,6 @@ def test_a_client_that_still_sends_reads_why_it_is_refused(run):
 
 # ---- files to give away ----
 
-def evaluate(layers: list[dict], z: np.ndarray) -> np.ndarray:
-    """The exported layers in plain numpy: what the page computes. Pictures are (H, W, C)."""
-    x = z.reshape(1, 1, -1)
-    for layer in layers:
-        side = len(x)
-        if layer["op"] == "convolve":
-            kernel, stride, padding = layer["kernel"], layer["stride"], layer["padding"]
-            weight = np.frombuffer(base64.b64decode(layer["data"]), "<f2").astype(np.float32)
-            weight = weight.reshape(kernel, kernel, -1, layer["in"], 8).swapaxes(2, 3)
-            weight = weight.reshape(kernel, kernel, layer["in"], -1)[..., :layer["out"]]
-            full = np.zeros(2 * [(side - 1) * stride + kernel] + [layer["out"]], np.float32)
-            for row in range(side):
-                for column in range(side):
-                    full[row * stride:row * stride + kernel, column * stride:column * stride + kernel] += x[row, column] @ weight
-            x = full[padding:len(full) - padding, padding:len(full) - padding]
-        elif layer["op"] == "blur":
-            padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
-            x = sum(across * down / 16 * padded[row:row + side, column:column + side]
-                    for row, down in enumerate((1, 2, 1)) for column, across in enumerate((1, 2, 1)))
-        elif layer["op"] == "bias":
-            bias = np.frombuffer(base64.b64decode(layer["data"]), "<f2").astype(np.float32)
-            x = x + bias.reshape(x.shape if len(bias) == x.size else (-1,))
-        elif layer["op"] == "modulate":
-            matrix = np.frombuffer(base64.b64decode(layer["data"]), "<f2").astype(np.float32).reshape(129, 2, -1)
-            factor, summand = np.tensordot([1, *z], matrix, 1)
-            x = x * factor + summand
-        else:
-            x = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh}[layer["op"]](x)
-    return np.clip(np.round((x + 1) * 127.5), 0, 255)
-
-
 def kernel() -> bytes:
     """The WebAssembly module of the exported page, from its instructions. For each input in turn, four numbers of A and
     eight weights of B are multiplied and added up in eight registers; at the end these are stored."""
@@ -439,17 +408,14 @@ def test_the_exported_pages_kernel_is_its_source():
     assert base64.b64decode(held) == kernel()
 
 
-def test_the_exported_page_makes_the_same_faces(run, tmp_path):
-    """Its network, computed without torch, within 3 of 255, and sliders of the parts, which change each more than the rest
-    of a face that they were not fitted to; its policy lets in its own script and style and no network."""
+def test_the_exported_page_has_the_network_and_its_parts(run, tmp_path):
+    """And sliders of these, which change each more than the rest of a face that they were not fitted to; its policy lets in
+    its own script and style and no network. (test_page.py sees that its faces are the server's.)"""
     assert gan.main(["export", str(tmp_path / "faces.html"), "--run", str(run)]) == 0
     page = (tmp_path / "faces.html").read_text("utf-8")
     network = json.loads(page.partition('id="network">')[2].partition("</script>")[0])
     assert (network["image_size"], network["latent_size"], network["epoch"], len(network["directions"])) == (32, 128, 4, 10)
     generator, _ = gan.load_generator(run / "last.pt", CPU)
-    for z in gan.sample_latents(3, seed=5):
-        expected = gan.to_image(generator(z[None]))[0].permute(1, 2, 0).numpy().astype(int)
-        assert abs(evaluate(network["layers"], z.numpy()) - expected).max() <= 3
     z, parts = gan.sample_latents(1, seed=9)[0], np.array(network["map"]).reshape(32, 32)
     moved, beside = np.zeros(2), np.zeros(2)
     for part in network["regions"]:
