@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 import matplotlib.figure  # noqa: F401
@@ -27,9 +28,15 @@ def begin(code: str | None, arguments: list[str], cwd: str, environment: dict[st
         output.close()
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
     sys.argv = ["gan.py", *arguments]
-    if code is None:
-        runpy.run_module("gan", run_name="__main__", alter_sys=True)
-    exec(code, {"__name__": "__main__"})
+    try:
+        exec(code, {"__name__": "__main__"}) if code else runpy.run_module("gan", run_name="__main__", alter_sys=True)
+        end = 0
+    except SystemExit as ended:
+        end = ended.code or 0
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(end)
 
 
 class Forked:

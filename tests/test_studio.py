@@ -167,7 +167,7 @@ def test_the_grids_and_the_curves_of_a_run_are_told(copied):
 def test_a_run_is_a_film(copied):
     """A frame a grid: of one face, of all."""
     for epoch, grid in enumerate(sorted((copied / "samples").glob("epoch-*.png"))):  # equal frames would be merged
-        gan.write_grid(grid, torch.full((100, 3, SIZE, SIZE), 40 * epoch, dtype=torch.uint8))
+        grid.write_bytes(gan.grid_png(torch.full((100, 3, SIZE, SIZE), 40 * epoch, dtype=torch.uint8)))
     site = gan.Site(copied, None, CPU)
     for path, side in (("/api/timelapse?face=11", 3 * SIZE), ("/api/timelapse", (10 * (SIZE + 2) + 2) // 2)):
         response = get(site, path)
@@ -225,7 +225,8 @@ def test_grids_of_any_epoch_are_shown(trained, tmp_path):
     """A run may have ten million epochs: all that are listed, in their order."""
     run = gan.shutil.copytree(trained, tmp_path / "run")
     for epoch in (9_999, 10_000, 10 ** 7):
-        gan.write_grid(run / "samples" / f"epoch-{epoch:05d}.png", torch.full((4, 3, 32, 32), epoch % 250, dtype=torch.uint8))
+        grid = gan.grid_png(torch.full((4, 3, 32, 32), epoch % 250, dtype=torch.uint8))
+        (run / "samples" / f"epoch-{epoch:05d}.png").write_bytes(grid)
     site = gan.Site(run, None, CPU)
     assert get(site, "/api/samples")["epochs"] == [0, 1, 2, 3, 4, 9_999, 10_000, 10 ** 7]
     for epoch in (4, 9_999, 10_000, 10 ** 7):
