@@ -3028,10 +3028,29 @@ def fit_step(generator: nn.Module, z: Tensor, jac: Tensor, target: Tensor, weigh
 FIT_DONE = 0.3  # grey levels: a step that brings less is the last
 
 
+def coarse_numbers(faces: Tensor) -> Tensor:
+    """Averages of faces (N, 3, S, S) over 20×20 fields, the middle ones weighing most, (N, 1200)."""
+    return F.adaptive_avg_pool2d(faces * face_weights(faces.shape[-1]).sqrt(), 20).flatten(1)
+
+
+@lru_cache(4)
+@torch.no_grad()
+def linear_likeness(generator: nn.Module, count: int = 1000) -> tuple[Tensor, Tensor]:
+    """The mean of random faces' coarse numbers, (1200,), and the matrix (1200, 128) that makes latent vectors of what
+    others have more: ridge regression. A search from there takes two steps less than from the best of 32 random."""
+    z = sample_latents(count, seed=0)
+    numbers = torch.cat([coarse_numbers(to_face(sample_images(generator, part))) for part in z.split(100)])
+    mean = numbers.mean(0)
+    numbers -= mean
+    square = numbers.T @ numbers
+    return mean, torch.linalg.solve(square + 0.1 * square.diagonal().mean() * torch.eye(len(mean)), numbers.T @ z)
+
+
 @torch.no_grad()
 def fit_start(generator: nn.Module, target: Tensor, weights: Tensor, count: int = 32) -> Tensor:
-    """Of `count` random latent vectors the one (128,) whose face is nearest to the target."""
-    z = sample_latents(count, seed=0)
+    """The latent vector (128,) whose face is nearest to the target, of `count` random ones and the linear likeness."""
+    mean, linear = linear_likeness(generator)
+    z = torch.cat([sample_latents(count, seed=0), (coarse_numbers(target[None]) - mean) @ linear])
     return z[distances_to(target, to_face(sample_images(generator, z)), weights).argmin()]
 
 
