@@ -979,15 +979,15 @@ def join_ranks(device: torch.device) -> Ranks:
                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if count < 2:
         return Ranks()
-    if number >= count or not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
-        raise UserError(f"WORLD_SIZE is {count} in the environment, as in a job of many processes, but RANK, "
-                        "MASTER_ADDR and MASTER_PORT do not fit it: begin with torchrun, or unset it")
     ranks = Ranks(number, count)
     if device.type == "cuda" and place < torch.cuda.device_count():
         torch.cuda.set_device(place)
     elif device.type != "cpu":
         raise UserError(f"no {device.type} device for process {place + 1} of this machine: lower --nproc_per_node, or "
                         "say --device cpu")
+    if number >= count or not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        raise UserError(f"WORLD_SIZE is {count} in the environment, as in a job of many processes, but RANK, "
+                        "MASTER_ADDR and MASTER_PORT do not fit it: begin with torchrun, or unset it")
 
     def begin() -> None:
         # torchrun's store still has the addresses of before a restart; several machines may not count these alike.
