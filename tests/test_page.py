@@ -510,7 +510,7 @@ def test_a_link_to_a_network_that_is_gone_says_so(training):
     url = page.url.partition("#")[0]
     for asked, told, shown in (("7-12345678", "epoch 7 is no longer there: this is epoch 4", "last"),
                                ("foo", "A network “foo” is no longer there: this is epoch 4", "last"),
-                               (identity(page, "2"), "Press a part", "2"), ("4", "Press a part", "4")):
+                               (identity(page, "2"), "Press or brush", "2"), ("4", "Press or brush", "4")):
         page.goto("about:blank")
         page.goto(f"{url}{link(BASE)}&c={asked}")
         page.locator("#status", has_text=told).wait_for()
