@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import tarfile
 import threading
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from forked import Forked
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -1299,7 +1298,6 @@ KILLER = """
 import json, os, shutil, signal, sys
 from itertools import cycle
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 import gan
 os.fsync = lambda file: None  # a process that is killed loses nothing of what it wrote
 EVENTS = "os.rename os.remove os.mkdir os.rmdir os.truncate".split()
@@ -1334,10 +1332,8 @@ def test_sigkill_before_every_file_operation(tmp_path, earlier):
     prepare removes what the killed one left, be it of the archive, of batches or of the earlier dataset."""
     earlier.rename(tmp_path / "earlier")
     pack(tmp_path / "photos.tgz", {f"{i}.png": photo(i) for i in range(3)})
-    done = subprocess.run([sys.executable, "-c", KILLER, str(ROOT)], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=120, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    # Faces in the dataset after a kill before the first, second ... operation
-    counts = json.loads(done.stdout.splitlines()[-1])
+    with Forked(cwd=tmp_path, code=KILLER) as killer:  # faces in the dataset after a kill before the first, second ... operation
+        counts = json.loads(killer.stdout.read().splitlines()[-1])
     new = counts.index(2)
     assert new >= 10 and counts == [64] * new + [2] * (len(counts) - new)
     left = " ".join(str(path.relative_to(tmp_path)) for path in tmp_path.glob("killed-*/**/*"))
