@@ -5,10 +5,12 @@ import box
 import pytest
 import torch
 from conftest import hear_z
+from PIL import Image
 
 import gan
 
 CPU = torch.device("cpu")
+REAL = gan.BOX / "best.pt"
 
 
 @pytest.fixture
@@ -31,8 +33,29 @@ def begin(capsys, **changes) -> tuple[dict, str]:
     return gan.read_checkpoint(gan.Path(settings["run"]) / "last.pt"), capsys.readouterr().out
 
 
+def test_a_fresh_clone_makes_faces(tmp_path, monkeypatch, capsys):
+    """With the real file: a hundred of them, which differ, and one line that says whose network it is."""
+    monkeypatch.chdir(tmp_path)
+    assert gan.main(["generate", "--count", "100"]) == 0
+    assert capsys.readouterr().err.startswith("no run in runs/ yet: this is the network in the box")
+    faces = sorted((tmp_path / "runs/box/generated").glob("face-*.png"))
+    assert len({path.read_bytes() for path in faces}) == 100
+    with Image.open(faces[0]) as face:
+        assert face.size == (80, 80)
+    assert not list(gan.BOX.glob("generated*"))
+
+
+def test_the_real_file_says_what_it_is():
+    """Small, whole, and nothing in it but weights and what is told of them."""
+    state = gan.read_checkpoint(REAL)
+    assert REAL.stat().st_size <= 15_000_000 and state["about"].keys() == {"photos", "commit", "torch"}
+    assert state["progress"]["epoch"] >= 200 and state["scores"]["memory"] > 0.9 and "optimizers" not in state
+    assert not any(text.startswith(("/", "~")) for text in state["settings"].values() if isinstance(text, str))
+
+
 def test_float16_changes_no_face_by_more_than_a_level(trained):
     """Of 255, of vivid faces."""
+    torch.manual_seed(0)
     state = gan.read_checkpoint(trained / "last.pt")
     generator = gan.Generator(32, 4)
     generator.load_state_dict(state["networks"]["averaged"])
