@@ -175,7 +175,7 @@ def test_the_best_cannot_be_told_without_the_training_faces(trained, tmp_path, m
     torch.save(state, tmp_path / "moved.pt")
     assert gan.main(["generate", "--run", str(trained), "--checkpoint", str(tmp_path / "moved.pt"), "--best-of=2",
                      "--out", str(tmp_path / "faces")]) == 1
-    assert "no dataset in data" in capsys.readouterr().err and not (tmp_path / "faces").exists()
+    assert "data does not hold the faces" in capsys.readouterr().err and not (tmp_path / "faces").exists()
 
 
 @pytest.mark.parametrize("written", ["g/face-00007.png", "g-grid.png", "g-film.webp", "film.gif", "film.png", "page.html",
