@@ -460,9 +460,10 @@ def test_a_page_that_only_watches_follows_the_training(training):
     page, run = training
     page.locator("#numbers summary").click()
     values = sliders(page)
-    page.wait_for_function("location.hash.includes('z=')")
+    page.wait_for_function("() => location.hash.includes('z=')")
     page.reload()
     shutil.copy(run / "epoch-00002.pt", run / "best.pt")
+    page.wait_for_function("() => tool && named('best')")
     await_shown(page, values, "best")
     assert shows(page, run / "best.pt", values) and page.locator("#take-offer").is_hidden()
     assert page.locator("#undo").get_attribute("aria-disabled") == "true"
