@@ -476,7 +476,7 @@ def test_half_of_a_minibatch_is_mirrored_and_each_face_now_and_then(dataset):
 def test_faces_that_do_not_fit_are_mapped_from_one_file(judged_data, tmp_path, monkeypatch):
     """Unpacked once, and again where the dataset is another one; the same faces and epochs as those in memory."""
     data = tmp_path / "data"
-    gan.shutil.copytree(judged_data, data)
+    gan.shutil.copytree(judged_data, data, ignore=gan.shutil.ignore_patterns(".gan-*"))  # what others unpacked
     resident, held_out = gan.TrainingFaces(data, 20, 0, CPU), gan.load_faces(data, "held_out")[0]
     read, read_batch = [], gan.read_batch
     monkeypatch.setattr(gan, "read_batch", lambda *which: read.append(which[2]["file"]) or read_batch(*which))
@@ -500,7 +500,7 @@ def test_faces_that_do_not_fit_are_mapped_from_one_file(judged_data, tmp_path, m
 def test_a_run_on_mapped_faces_is_as_one_in_memory(judged_data, tmp_path, monkeypatch):
     """Weights, log, scores and pictures."""
     data = tmp_path / "data"
-    gan.shutil.copytree(judged_data, data)
+    gan.shutil.copytree(judged_data, data, ignore=gan.shutil.ignore_patterns(".gan-*"))  # what others unpacked
     assert gan.train(settings(data, tmp_path / "resident", epochs=1, batch_size=100)) == 0
     monkeypatch.setattr(gan, "free_memory", lambda device: 0)
     assert gan.train(settings(data, tmp_path / "mapped", epochs=1, batch_size=100)) == 0
@@ -513,7 +513,7 @@ def test_a_damaged_file_of_faces_is_named(judged_data, tmp_path, monkeypatch, me
     """In one line, before anything of a run is written, and what was unpacked until then does not stay; mended, it is
     read."""
     data = tmp_path / "data"
-    gan.shutil.copytree(judged_data, data)
+    gan.shutil.copytree(judged_data, data, ignore=gan.shutil.ignore_patterns(".gan-*"))  # what others unpacked
     monkeypatch.setattr(gan, "free_memory", lambda device: memory)
     name = gan.read_manifest(data)["batches"][3]["file"]
     whole = (data / name).read_bytes()
