@@ -1042,8 +1042,10 @@ def test_a_full_storage_loses_nothing_while_the_page_is_open(page):
     page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full'); }; }")
     page.locator("#keep").click()
     page.locator("#status.bad", has_text="no room").wait_for()
+    page.locator("#shelf .drop").wait_for()  # drawn once the server has made its picture
     page.evaluate("dispatchEvent(new StorageEvent('storage'))")
-    assert page.locator("#shelf .drop").count() == 1
+    assert page.evaluate("doc.shelf.length") == 1
+    page.locator("#shelf .drop").wait_for()
 
 
 def test_seed_and_length(page, server):
