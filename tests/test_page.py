@@ -812,7 +812,7 @@ def test_the_stage_shows_the_photo_and_a_slider_its_part(page, server, run):
     page.locator("#s5").fill("2.5")
     page.wait_for_function("() => isOf(shown)")
     change, inside = np.abs(seen(page) - before).mean(2), np.kron(part[..., 0], np.ones((20, 20))) > 0
-    assert change[inside].mean() > 16 and change[inside].mean() > 5 * change[~inside].mean()
+    assert change[inside].mean() > 20 and change[inside].mean() > 5 * change[~inside].mean()
     page.unroute("**/generate?*")
     page.keyboard.down("b")
     assert same(seen(page), photo, levels=1)
