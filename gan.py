@@ -2903,22 +2903,6 @@ def jacobian(generator: Generator, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def strongest_directions(generator: nn.Module, count: int = 10, pairs: int = 500) -> tuple[Tensor, Tensor]:
-    """The directions of latent space that change faces most, strongest first: (count, 128) of length 1, orthogonal,
-    towards brighter faces; and by how many grey levels (RMS) a step of 1 changes a face. Singular vectors of the linear
-    map nearest to the network; with each z its opposite is taken, so that what is the same for both cancels."""
-    z = sample_latents(pairs, seed=0)
-    def differences(part: Tensor) -> Tensor:
-        return (to_face(sample_images(generator, part)) - to_face(sample_images(generator, -part))).flatten(1)
-    products = sum(part.T @ differences(part) for part in z.split(50))
-    linear = torch.linalg.solve(2 * z.T @ z, products)
-    squares, vectors = torch.linalg.eigh(linear @ linear.T)
-    vectors = vectors.T.flip(0)[:count]
-    brighter = torch.where(vectors @ linear.sum(1) < 0, -1, 1)
-    return vectors * brighter[:, None], (squares.flip(0)[:count] / linear.shape[1]).sqrt() * GREY_LEVELS
-
-
-@torch.no_grad()
 def region_sliders(jac: Tensor, mask: Tensor, count: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     """Directions that change a region most and the rest least: (count, 128) of length 1, best first; and by how many
     grey levels (RMS) a step of 1 changes the pixels inside and outside of the mask, (S, S) in 0..1. Generalised
@@ -2938,11 +2922,19 @@ def region_sliders(jac: Tensor, mask: Tensor, count: int = 5) -> tuple[Tensor, T
     return vectors.T, change_inside, change_outside
 
 
-PARTS = {  # of an aligned face, ellipses in per cent of its side: middle from top and left, half height, half width
+Ellipses = list[tuple[int, int, int, int]]  # in per cent of a face's side: middle from top and left, half its size
+PARTS: dict[str, Ellipses] = {  # of an aligned face
     "hair": [(5, 50, 9, 38), (25, 14, 16, 8), (25, 86, 16, 8)], "forehead": [(21, 50, 8, 22)],
     "brows": [(31, 33, 4, 11), (31, 67, 4, 11)], "left eye": [(41, 33, 5, 9)], "right eye": [(41, 67, 5, 9)],
     "nose": [(53, 50, 9, 7)], "cheeks": [(60, 29, 9, 9), (60, 72, 9, 9)], "mouth": [(72, 50, 6, 15)],
     "chin": [(89, 50, 8, 17)], "background": [(15, 3, 20, 8), (15, 97, 20, 8), (70, 3, 30, 9), (70, 97, 30, 9)]}
+
+
+def away_from(ellipses: Ellipses, size: int) -> Tensor:
+    """How far each pixel is from the middle of the nearest of some ellipses, squared, 1 at its edge: (S, S)."""
+    row, column = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 100] * 2, indexing="ij")
+    return torch.stack([((row - top) / height) ** 2 + ((column - left) / width) ** 2
+                        for top, left, height, width in ellipses]).amin(0)
 
 
 @torch.no_grad()
@@ -2955,15 +2947,111 @@ def find_regions(jac: Tensor, size: int) -> Tensor:
     answers = (jac @ (vectors * values.rsqrt())).view(3, size, size, -1).mean(0).permute(2, 0, 1)
     answers = F.avg_pool2d(answers[None], 3, 1, 1)[0]  # edges without teeth
     answers = F.normalize(answers.flatten(1).T, dim=1)
-    row, column = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 100] * 2, indexing="ij")
-    away = torch.stack([torch.stack([((row - top) / height) ** 2 + ((column - left) / width) ** 2
-                                     for top, left, height, width in ellipses]).amin(0).flatten()
-                        for ellipses in PARTS.values()], 1)
+    away = torch.stack([away_from(ellipses, size).flatten() for ellipses in PARTS.values()], 1)
     found = away.argmin(1)
     for _ in range(8):
         centres = F.normalize(F.one_hot(found, len(PARTS)).float().T @ answers, dim=1)
         found = (0.05 * away - 2 * answers @ centres.T).argmin(1)
     return found.view(size, size)
+
+
+NAMES = {  # of what faces show, and words for either end; what has none is held while others change
+    "smile": ["serious", "laughing"], "age": ["younger", "older"], "turn": ["turned left", "turned right"],
+    "mouth": ["mouth closed", "mouth open"], "light": ["light from the left", "light from the right"],
+    "hair": ["darker hair", "lighter hair"], "background": ["darker background", "lighter background"], "skin": []}
+BRIGHTER: dict[str, list[Ellipses]] = {  # what the picture itself tells: which ellipses are brighter, and than which
+    "mouth": [PARTS["cheeks"], [(75, 50, 5, 9)]], "light": [[(55, 68, 26, 16)], [(55, 32, 26, 16)]],
+    "hair": [PARTS["hair"]], "background": [PARTS["background"]], "skin": [PARTS["cheeks"]]}
+PROBE_PIXELS = 32
+ONE_IN_FIFTY = 2.05  # standard deviations from the mean: one of fifty lies beyond
+TOLD = 0.6  # least correlation of what a face shows with what its latent vector lets expect
+
+
+def read_probes() -> dict[str, tuple[list[float], Tensor]]:
+    """The probes in the box, which tests/probes.py learns from labelled photos: of each the frame, (top, left, bottom,
+    right) in shares of a face's side, and weights (3120,) of what FeatureSpace sees in it. {} where there is no box."""
+    path = BOX / "probes.pt"
+    return torch.load(path, weights_only=True) if path.exists() else {}
+
+
+def seen_in(frame: list[float], faces: Tensor, space: FeatureSpace) -> Tensor:
+    """What a probe sees of aligned faces (N, 3, S, S), the judge's responses to its frame in grey, (N, 3120)."""
+    top, left, bottom, right = (round(edge * faces.shape[-1]) for edge in frame)
+    grey = faces[..., top:bottom, left:right].mean(1, keepdim=True)
+    grey = F.interpolate(grey, (PROBE_PIXELS, PROBE_PIXELS), mode="bilinear", antialias=True)
+    return space.responses(grey.expand(-1, 3, -1, -1))
+
+
+def brightness(ellipses: Ellipses, faces: Tensor) -> Tensor:
+    """The mean of faces (N, 3, S, S) within ellipses, (N,)."""
+    return faces.mean(1)[:, away_from(ellipses, faces.shape[-1]) <= 1].mean(1)
+
+
+def attributes(images: Tensor) -> Tensor:
+    """How much of each of NAMES uint8 images (N, 3, S, S) of aligned faces show, (N, names), each in a measure of its
+    own; 0 of what nothing tells."""
+    space, probes, rows = FeatureSpace(), read_probes(), []
+    for faces in map(to_face, images.split(50)):
+        found = {name: seen_in(frame, faces, space) @ weights.float() for name, (frame, weights) in probes.items()}
+        for name, areas in BRIGHTER.items():
+            first, *others = (brightness(ellipses, faces) for ellipses in areas)
+            found[name] = first - sum(others)
+        rows.append(torch.stack([found.get(name, torch.zeros(len(faces))) for name in NAMES], 1))
+    return torch.cat(rows)
+
+
+def told_by(z: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """What latent vectors (N, 128) tell of what their faces and those of their opposites show, (2, N, K): the matrix
+    (128, K) from one to the other in standard deviations, and the correlation (K,) for faces that it was not made
+    of."""
+    shown = (shown - shown.mean((0, 1))) / shown.std((0, 1)).clamp_min(1e-9)
+    differences, fold, expected = shown[0] - shown[1], torch.arange(len(z)) % 5, torch.zeros_like(shown[0])
+    for one in range(5):
+        expected[fold == one] = z[fold == one] @ torch.linalg.pinv(2 * z[fold != one]) @ differences[fold != one]
+    both = torch.stack([expected, -expected])
+    return torch.linalg.pinv(2 * z) @ differences, (both * shown).mean((0, 1)) / both.std((0, 1)).clamp_min(1e-9)
+
+
+def strongest_directions(linear: Tensor, held: Tensor, count: int) -> Tensor:
+    """The directions that change most in what a matrix (128, K) makes of z, strongest first, towards more: (count, 128)
+    of length 1, orthogonal, also to what is held (128, L)."""
+    basis = torch.linalg.qr(held).Q
+    free = linear - basis @ (basis.T @ linear)
+    vectors = torch.linalg.eigh(free @ free.T)[1].T.flip(0)[:count]
+    return vectors * torch.where(vectors @ linear.sum(1) < 0, -1, 1)[:, None]
+
+
+def tidy(numbers: Tensor) -> Any:
+    """A vector or a number as plain ones, short enough to send."""
+    return np.round(numbers.double().numpy(), 4).tolist()
+
+
+@torch.no_grad()
+def find_directions(generator: nn.Module, count: int = 12, pairs: int = 500) -> list[dict]:
+    """The directions of latent space that people ask for, then those of the others that change faces most, as plain
+    types: vector (128,) of length 1; strength: by how many grey levels (RMS) a step of 1 changes a face; reach: how
+    many steps to either side are offered. What has a name has words for its ends, too; effect: by how many standard
+    deviations a step changes it, and nothing else that has a name; measure (128,), by which z is so many steps from the
+    middle, and from there the reach is to what one face in fifty shows. What this network's z does not tell is missing.
+
+    Least squares throughout, of 500 faces and those of the opposite z, in which what is the same for both cancels."""
+    z = sample_latents(pairs, seed=0)
+    images = torch.stack([sample_images(generator, z), sample_images(generator, -z)])
+    faces = sum(solving @ (to_face(face) - to_face(opposite)).flatten(1) for solving, face, opposite in
+                zip(torch.linalg.pinv(2 * z).split(50, 1), images[0].split(50), images[1].split(50)))
+    measures, correlations = told_by(z, attributes(images.flatten(0, 1)).unflatten(0, (2, pairs)))
+    told = [name for name, one in zip(NAMES, correlations.tolist()) if one >= TOLD]
+    measures = measures[:, correlations >= TOLD]
+    steps = measures @ torch.linalg.inv(measures.T @ measures)  # of a standard deviation
+    found: list[dict] = [
+        {"name": name, "words": NAMES[name], "vector": step / step.norm(), "effect": 1 / step.norm(),
+         "reach": ONE_IN_FIFTY * step.norm(), "measure": measure * step.norm()}
+        for name, step, measure in zip(told, steps.T, measures.T) if NAMES[name]]
+    found += [{"vector": vector, "reach": 4.0}
+              for vector in strongest_directions(faces, measures, count - len(found))]
+    for one in found:
+        one["strength"] = (one["vector"] @ faces).square().mean().sqrt() * GREY_LEVELS
+    return [{key: tidy(value) if isinstance(value, Tensor) else value for key, value in one.items()} for one in found]
 
 
 WORDS = [("darker", "brighter"), ("cooler", "warmer"), ("left", "right"), ("higher", "lower"), ("narrower", "wider"),
@@ -3123,7 +3211,7 @@ def network_json(generator: Generator, facts: dict) -> str:
     z = torch.cat([average[None], sample_latents(7, seed=0)])  # parts of the first one, sliders that suit all
     parts = describe_parts(torch.cat([jacobian(generator, one) for one in z]), generator(z).mean(0))
     return json.dumps({"format": 2, "model": facts["model"], "epoch": facts["epoch"], "image_size": facts["image_size"],
-                       "latent_size": LATENT_SIZE, "directions": describe_directions(*strongest_directions(generator)),
+                       "latent_size": LATENT_SIZE, "directions": find_directions(generator),
                        "average": tidy(average), **parts, "layers": plain_layers(generator)},
                       default=packed, separators=(",", ":"))
 
@@ -3185,17 +3273,6 @@ def export_onnx(generator: Generator, facts: dict) -> bytes:
                               [numpy_helper.from_array(array, name) for name, array in arrays.items()])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8,
                              doc_string=MARK).SerializeToString()
-
-
-def tidy(vector: Tensor) -> list[float]:
-    """A vector as plain numbers, short enough to send."""
-    return [round(number, 4) for number in vector.tolist()]
-
-
-def describe_directions(vectors: Tensor, strengths: Tensor) -> list[dict]:
-    """Directions as plain types: vector, and strength in grey levels."""
-    return [{"vector": tidy(vector), "strength": round(strength, 3)}
-            for vector, strength in zip(vectors, strengths.tolist())]
 
 
 def describe_sliders(jac: Tensor, face: Tensor, mask: Tensor) -> list[dict]:
@@ -3410,7 +3487,7 @@ class Site:
         self.page, self.policy = read_page()
         self.linear = lru_cache(2)(lambda generator, values: (
             jacobian(generator, torch.tensor(values)), generator(torch.tensor([values]))[0]))
-        self.strongest, self.middle = lru_cache(4)(strongest_directions), lru_cache(4)(average_latent)
+        self.all_directions, self.middle = lru_cache(4)(find_directions), lru_cache(4)(average_latent)
         self.neighbours_of = lru_cache(1)(
             lambda data, *faces: NearestFaces(*load_known_faces({"data": data, "faces": [*faces]})))
 
@@ -3570,7 +3647,7 @@ class Site:
 
     @Route("/api/directions", lock="heavy")
     def directions(self, model: Model) -> dict:
-        return {"directions": describe_directions(*self.strongest(model.generator))}
+        return {"directions": self.all_directions(model.generator)}
 
     @Route("/api/average", lock="heavy")
     def average(self, model: Model) -> dict:

@@ -53,6 +53,21 @@ def test_the_real_file_says_what_it_is():
     assert not any(text.startswith(("/", "~")) for text in state["settings"].values() if isinstance(text, str))
 
 
+def test_the_networks_faces_follow_every_name():
+    """Each name that has words is told by the box's z, and its slider's ends are far apart in what it says, and in nothing else
+    half as far, of other faces."""
+    generator, _ = gan.load_generator(REAL, CPU)
+    named = [one for one in gan.find_directions(generator, pairs=300) if "name" in one]
+    assert [one["name"] for one in named] == [name for name, words in gan.NAMES.items() if words]
+    z = gan.sample_latents(40, seed=5)
+    usual = gan.attributes(gan.sample_images(generator, z)).std(0)
+    for one in named:
+        step, own = one["reach"] * torch.tensor(one["vector"]), [*gan.NAMES].index(one["name"])
+        high, low = (gan.attributes(gan.sample_images(generator, z + way * step)) for way in (1, -1))
+        effects = ((high - low).mean(0) / 2 / usual).abs()
+        assert effects[own] > 1 and effects[own] > 2 * effects[torch.arange(len(effects)) != own].max()
+
+
 def test_float16_changes_no_face_by_more_than_a_level(trained):
     """Of 255, of vivid faces."""
     torch.manual_seed(0)

@@ -17,8 +17,9 @@ class Linear(nn.Module):
 
     def __init__(self, matrix: torch.Tensor):
         super().__init__()
-        self.layers = nn.Sequential(nn.ConvTranspose2d(128, 3, SIZE, bias=False))
-        self.layers[0].weight = nn.Parameter(matrix.T.reshape(128, 3, SIZE, SIZE))
+        size = math.isqrt(len(matrix) // 3)
+        self.layers = nn.Sequential(nn.ConvTranspose2d(128, 3, size, bias=False))
+        self.layers[0].weight = nn.Parameter(matrix.T.reshape(128, 3, size, size))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.layers(z[:, :, None, None])
@@ -86,14 +87,60 @@ def test_bf16_bends_no_direction(monkeypatch):
 
 
 def test_strongest_directions_are_singular_vectors():
-    """Those of the matrix, largest first, towards brighter faces, with the RMS change of a step of 1."""
+    """Those of a matrix, largest first, towards more; of what leaves others alone where something is held."""
     left, right = torch.linalg.qr(noise(PIXELS, 128))[0], torch.linalg.qr(noise(128, 128, seed=1))[0]
-    sizes = torch.logspace(0, -2, 128)
-    generator = Linear(left * sizes @ right.T)
-    found, strengths = gan.strongest_directions(generator, count=5)
-    assert ((found @ right[:, :5]).abs() - torch.eye(5)).abs().max() < 0.05
-    assert torch.allclose(strengths, sizes[:5] / math.sqrt(PIXELS) * 127.5, rtol=0.02)
-    assert (generator(found).sum((1, 2, 3)) > 0).all()
+    linear = right * torch.logspace(0, -2, 128) @ left.T
+    for held in (0, 2):
+        found = gan.strongest_directions(linear, right[:, :held] @ noise(held, held), 5)
+        assert ((found @ right[:, held:held + 5]).abs() - torch.eye(5)).abs().max() < 0.01
+        assert ((found @ linear).sum(1) > 0).all()
+
+
+def planted(size: int = 32) -> Linear:
+    """Faces in which the first number makes hair lighter and the background a little, the second the background and hair a
+    little, the third what has no name; the others are faint noise."""
+    areas = [(gan.away_from(gan.PARTS[name], size) <= 1).float() for name in ("hair", "background")]
+    middle = (gan.away_from([(53, 50, 4, 4)], size) <= 1).float()
+    matrix = 0.002 * noise(128, 3, size, size)
+    for row, image in zip(matrix, (areas[0] + 0.5 * areas[1], areas[1] + 0.5 * areas[0], 3 * middle)):
+        row.add_(0.1 * image)
+    return Linear(matrix.flatten(1).T)
+
+
+def test_a_direction_with_a_name_changes_its_own_alone(monkeypatch):
+    """Lighter hair leaves the background as it is, although what makes hair lighter in most faces, the wrong direction, does
+    not; the ends are where a face in fifty lies; what the named ones leave is the strongest of the rest."""
+    monkeypatch.setattr(gan, "read_probes", dict)
+    generator, z = planted(), noise(2000, 128, seed=7)
+    found = gan.find_directions(generator)
+    named = {one["name"]: one for one in found if "name" in one}
+    assert {"hair", "background"} <= named.keys() and not named.keys() & {"smile", "age", "turn"} and len(found) == 12
+
+    def shown(z):
+        return gan.attributes(gan.sample_images(generator, z))[:, [[*gan.NAMES].index(name) for name in ("hair", "background")]]
+    usual = shown(z)
+    for own, name in enumerate(("hair", "background")):
+        one, other = named[name], 1 - own
+        vector, measure = torch.tensor(one["vector"]), torch.tensor(one["measure"])
+        effects = ((shown(z + vector) - shown(z - vector)) / 2 / usual.std(0)).mean(0)
+        assert effects[own] == pytest.approx(one["effect"], rel=0.05) and effects[own] > 10 * effects[other].abs()
+        wrong = nn.functional.normalize(measure, dim=0)
+        assert ((shown(z + wrong) - shown(z - wrong)) / 2 / usual.std(0)).mean(0)[other] > 0.2
+        at_the_end = shown(z + (one["reach"] - z @ measure)[:, None] * vector)[:, own]
+        assert (usual[:, own] > at_the_end.mean()).float().mean() == pytest.approx(0.02, abs=0.01)
+        assert at_the_end.std() < 0.1 * usual[:, own].std()
+    strongest = [one for one in found if "name" not in one]
+    assert abs(strongest[0]["vector"][2]) > 0.9 and strongest[0]["strength"] == max(one["strength"] for one in strongest)
+
+
+def test_what_latent_vectors_do_not_tell_has_a_low_correlation():
+    """Found for faces that the matrix was not made of: noise alone has none, although 128 numbers fit some of it."""
+    z = noise(500, 128)
+    linear, even, random = z @ noise(128, seed=1) / 11, z.square().mean(1), noise(2, 500, seed=2)
+    shown = torch.stack([torch.stack([linear, -linear]) + random, torch.stack([even, even]), random], 2)
+    matrix, correlations = gan.told_by(z, shown)
+    assert correlations[0] == pytest.approx(0.7, abs=0.07) and correlations[1:].abs().max() < 0.15
+    assert torch.cosine_similarity(matrix[:, 0], noise(128, seed=1), dim=0) > 0.9
 
 
 def test_a_regions_slider_leaves_the_rest_alone():

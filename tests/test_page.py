@@ -267,7 +267,7 @@ def test_a_drag_ends_when_the_pointer_does(page):
     assert page.evaluate("dragging") and page.locator("#overlay.faded").count() == 1
     page.mouse.up()
     page.locator("#tool-directions").click()
-    page.locator("#directions .strip").nth(9).wait_for()
+    page.locator("#directions .strip").nth(11).wait_for()
 
 
 def test_a_finger_that_scrolls_sets_no_slider(page):
@@ -667,24 +667,48 @@ def give_name(page, i, name) -> None:
 
 
 def test_directions_and_their_names(page, server):
-    """Ten directions with strips; their sliders move along them; a name stays in this browser, and undo covers it."""
+    """Directions with strips; their sliders move along them; one without a name may be given one, which stays in this browser,
+    and undo covers it."""
     page.locator("#tool-directions").click()
-    page.locator("#directions .strip").nth(9).wait_for()
-    vectors = [one["vector"] for one in json.loads(server.site.respond("GET", "/api/directions").body)["directions"]]
-    expected = moved(vectors[2], push_to_the_end(page, "#directions", 2))
+    page.locator("#directions .strip").nth(11).wait_for()
+    found = json.loads(server.site.respond("GET", "/api/directions").body)["directions"]
+    free = [i for i, one in enumerate(found) if "name" not in one]
+    vector = found[free[2]]["vector"]
+    expected = moved(vector, push_to_the_end(page, "#directions", free[2]))
     await_shown(page, expected)
     page.locator("#directions input[type=text]").nth(2).press_sequentially("half")
     page.evaluate("render()")  # as at each answer of the server
     assert names(page)[2] == "half"
     give_name(page, 2, " smile <b> ")
-    assert names(page) == ["", "", "smile <b>"] + [""] * 7 and kept_names(page) == {"smile <b>": vectors[2]}
-    for press, found in (("z", {}), ("y", {"smile <b>": vectors[2]})):
+    given = ["", "", "smile <b>"] + [""] * (len(free) - 3)
+    assert names(page) == given and kept_names(page) == {"smile <b>": vector}
+    for press, kept in (("z", {}), ("y", {"smile <b>": vector})):
         page.keyboard.press(f"Control+{press}")
-        assert names(page)[2] == "".join(found) and kept_names(page) == found
+        assert names(page)[2] == "".join(kept) and kept_names(page) == kept
     page.reload()
     page.locator("#tool-directions").click()
-    page.locator("#directions .strip").nth(9).wait_for()
-    assert names(page) == ["", "", "smile <b>"] + [""] * 7
+    page.locator("#directions .strip").nth(11).wait_for()
+    assert names(page) == given
+
+
+def test_the_ends_of_a_named_slider_are_the_same_for_all_faces(page):
+    """It stands where this face is, and ends where its words hold; a word for either end, no box for a name. A strip shows
+    the way from one end to the other."""
+    vector, measure = np.eye(128)[3], 0.9 * np.eye(128)[3]
+    page.route("**/api/directions?*", lambda route: route.fulfill(json={"directions": [
+        {"name": "smile", "words": ["serious", "laughing"], "vector": list(vector), "measure": list(measure), "reach": 2.5,
+         "effect": 0.8, "strength": 3}, {"vector": list(np.eye(128)[9]), "strength": 1, "reach": 4}]}))
+    page.locator("#tool-directions").click()
+    page.locator("#directions .strip").nth(1).wait_for()
+    slider = page.locator("#directions [type=range]").first
+    assert slider.get_attribute("aria-label") == "smile: serious to laughing" and names(page) == [""]
+    assert page.locator("#directions .ends").first.inner_text().lower().split() == ["serious", "laughing"]
+    at = 0.9 * page.evaluate("doc.z")[3]
+    assert float(slider.get_attribute("min")) == pytest.approx(-2.5 - at, abs=0.03)
+    assert float(slider.get_attribute("max")) == pytest.approx(2.5 - at, abs=0.03)
+    before, moved_by = page.evaluate("doc.z")[3], push_to_the_end(page, "#directions", 0)
+    assert page.evaluate("doc.z")[3] == pytest.approx(min(3, before + moved_by), abs=0.02)
+    assert moved_by == pytest.approx(2.5 - at, abs=0.03)
 
 
 def test_a_name_stays_with_what_training_makes_of_a_direction(page):
@@ -694,7 +718,7 @@ def test_a_name_stays_with_what_training_makes_of_a_direction(page):
     directions = {"last": axes[:3], "2": [0.8 * axes[0] + 0.6 * axes[5], -axes[1], 0.95 * axes[2] + 0.3 * axes[6]]}
     names_of = {identity(page, name): name for name in directions}
     page.route("**/api/directions?*", lambda route: route.fulfill(json={"directions": [
-        {"vector": list(one), "strength": 1} for one in directions[names_of[parse_qs(urlsplit(route.request.url).query)["checkpoint"][0]]]]}))
+        {"vector": list(one), "strength": 1, "reach": 4} for one in directions[names_of[parse_qs(urlsplit(route.request.url).query)["checkpoint"][0]]]]}))
 
     def choose(checkpoint, expected):
         page.locator("#checkpoint").select_option(identity(page, checkpoint))
@@ -1164,7 +1188,7 @@ def test_exported_page(browser, run, tmp_path):
     page.locator("#undo").click()
     await_changed(page, in_link(page.url))
     page.locator("#tool-directions").click()
-    page.locator("#directions .strip").nth(9).wait_for()
+    page.locator("#directions .strip").nth(11).wait_for()
     push_to_the_end(page, "#directions", 0)
     await_changed(page, BASE)
     assert not same(seen(page), face)
@@ -1177,7 +1201,7 @@ def test_exported_page(browser, run, tmp_path):
     give_name(page, 3, "smile")
     page.reload()
     page.locator("#tool-directions").click()
-    page.locator("#directions .strip").nth(9).wait_for()
+    page.locator("#directions .strip").nth(11).wait_for()
     assert names(page) == [""] * 3 + ["smile"] + [""] * 6 and list(kept_names(page)) == ["smile"]
     page.context.close()
     assert page.trouble == []
@@ -1324,7 +1348,7 @@ def test_a_search_that_is_interrupted_says_so(page, server):
 def test_a_name_of_blanks_is_refused(page):
     """With a word; the name before stays."""
     page.locator("#tool-directions").click()
-    page.locator("#directions .strip").nth(9).wait_for()
+    page.locator("#directions .strip").nth(11).wait_for()
     give_name(page, 1, "age")
     give_name(page, 1, "   ")
     assert "Blanks are no name" in page.locator("#status.bad").text_content() and names(page)[1] == "age"

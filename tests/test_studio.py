@@ -67,11 +67,14 @@ def test_faces_stand_side_by_side(site, run, auto):
     assert picture(post(site, "/api/faces", vectors=vectors, scale=3).body).shape == (3 * SIZE, 15 * SIZE, 3)
 
 
-def test_directions_are_told_strongest_first(site):
-    """Ten unit vectors at right angles, with how much each changes a face."""
+def test_directions_are_told_names_first(site):
+    """Twelve unit vectors: those with a name, words and effect, then the strongest others, at right angles, strongest first."""
     found = get(site, "/api/directions")["directions"]
-    vectors, strengths = np.array([one["vector"] for one in found]), [one["strength"] for one in found]
-    assert strengths == sorted(strengths, reverse=True) and abs(vectors @ vectors.T - np.eye(10)).max() < 1e-3
+    others = [one for one in found if "name" not in one]
+    assert len(found) == 12 and found[12 - len(others):] == others
+    assert all(len(one["words"]) == 2 and one["effect"] > 0 and one["name"] in gan.NAMES for one in found if "name" in one)
+    vectors, strengths = np.array([one["vector"] for one in others]), [one["strength"] for one in others]
+    assert strengths == sorted(strengths, reverse=True) and abs(vectors @ vectors.T - np.eye(len(others))).max() < 1e-3
 
 
 def test_regions_cover_the_face_with_sliders(site):
@@ -415,7 +418,7 @@ def test_the_exported_page_has_the_network_and_its_parts(run, tmp_path):
     assert gan.main(["export", str(tmp_path / "faces.html"), "--run", str(run)]) == 0
     page = (tmp_path / "faces.html").read_text("utf-8")
     network = json.loads(page.partition('id="network">')[2].partition("</script>")[0])
-    assert (network["image_size"], network["latent_size"], network["epoch"], len(network["directions"])) == (32, 128, 4, 10)
+    assert (network["image_size"], network["latent_size"], network["epoch"], len(network["directions"])) == (32, 128, 4, 12)
     generator, _ = gan.load_generator(run / "last.pt", CPU)
     z, parts = gan.sample_latents(1, seed=9)[0], np.array(network["map"]).reshape(32, 32)
     moved, beside = np.zeros(2), np.zeros(2)
