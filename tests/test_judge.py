@@ -193,13 +193,15 @@ def test_distance_is_a_multiple_of_real_faces(faces, judge):
 
 
 def test_distance_sees_what_is_faint_and_what_is_coarse(faces, judge):
-    """Half the resolution, a checkerboard of 2 grey levels, a darker picture: farther than other real faces."""
+    """Half the resolution, a checkerboard of 2 grey levels, a darker picture: farther than other real faces, by far more than
+    chance."""
     real = faces[0][:judge.count].float()
     board = (torch.arange(real.shape[-1])[:, None] + torch.arange(real.shape[-1])) % 2 * 4 - 2
     wrong = {"half": functional.interpolate(functional.avg_pool2d(real, 2), scale_factor=2, mode="bicubic"),
              "board": real + board, "dark": 0.8 * real}
-    distances = {name: judge.score(x.round().clamp(0, 255).byte())["distance"] for name, x in wrong.items()}
-    assert all(distance > 1.1 for distance in distances.values()), distances
+    for x in wrong.values():
+        scores = judge.score(x.round().clamp(0, 255).byte())
+        assert scores["distance"] > 1 + 3 * scores["spread"]
 
 
 def test_scores_are_those_of_earlier_versions():
@@ -246,14 +248,10 @@ def judged_run(judged_data, tmp_path_factory) -> Path:
 
 
 def test_training_keeps_the_best(judged_run):
-    """Judged are the epochs asked for and the kept ones; best.pt has the least distance, by more than chance, and is taken
-    by default."""
+    """Judged are the epochs asked for and the kept ones; best.pt has the least distance and is taken by default."""
     judged = {line["epoch"]: line["scores"] for line in gan.read_log(judged_run) if "scores" in line}
     assert list(judged) == [2, 3, 4, 6] and set(gan.SCORES) <= set(judged[2])
-    best = 2
-    for epoch, scores in judged.items():
-        if scores["distance"] + scores["spread"] < judged[best]["distance"]:
-            best = epoch
+    best = min(judged, key=lambda epoch: judged[epoch]["distance"])
     state = gan.read_checkpoint(judged_run / "best.pt")
     assert (state["progress"]["epoch"], state["scores"]) == (best, judged[best])
     assert gan.read_checkpoint(judged_run / "epoch-00003.pt")["scores"] == judged[3]
