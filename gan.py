@@ -3040,11 +3040,11 @@ def find_directions(generator: nn.Module, count: int = 12, pairs: int = 500) -> 
     measures, correlations = told_by(z, attributes(images.flatten(0, 1)).unflatten(0, (2, pairs)))
     told = [name for name, one in zip(NAMES, correlations.tolist()) if one >= TOLD]
     measures = measures[:, correlations >= TOLD]
-    steps = measures @ torch.linalg.inv(measures.T @ measures)  # of a standard deviation
+    steps = torch.linalg.pinv(measures).T  # of a standard deviation each
     found: list[dict] = [
         {"name": name, "words": NAMES[name], "vector": step / step.norm(), "effect": 1 / step.norm(),
          "reach": ONE_IN_FIFTY * step.norm(), "measure": measure * step.norm()}
-        for name, step, measure in zip(told, steps.T, measures.T) if NAMES[name]]
+        for name, step, measure in zip(told, steps.T, measures.T) if NAMES[name] and step @ measure > 0.99]  # it alone
     found += [{"vector": vector, "reach": 4.0}
               for vector in strongest_directions(faces, measures, count - len(found))]
     for one in found:

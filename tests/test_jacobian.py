@@ -133,6 +133,13 @@ def test_a_direction_with_a_name_changes_its_own_alone(monkeypatch):
     assert abs(strongest[0]["vector"][2]) > 0.9 and strongest[0]["strength"] == max(one["strength"] for one in strongest)
 
 
+def test_names_that_say_the_same_are_not_offered():
+    """Faces that are lighter or darker as a whole: what changes hair changes all else; and faces that are all the same."""
+    for matrix in (torch.ones(3 * 32 * 32, 1) * torch.eye(128)[:1] * 0.1, torch.zeros(3 * 32 * 32, 128)):
+        found = gan.find_directions(Linear(matrix), pairs=200)
+        assert len(found) == 12 and not [one for one in found if "name" in one]
+
+
 def test_what_latent_vectors_do_not_tell_has_a_low_correlation():
     """Found for faces that the matrix was not made of: noise alone has none, although 128 numbers fit some of it."""
     z = noise(500, 128)
