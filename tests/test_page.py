@@ -1460,4 +1460,11 @@ def test_a_face_of_a_grid_can_be_worked_on(page, run):
         await_shown(page, expected, name)
         assert ("was not kept" in page.locator("#status").text_content()) == (epoch == 0)
         page.locator("#random").click()
+    page.locator("#epoch").press("Tab")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowLeft")  # from the 13th, with the keys
+    page.wait_for_function("Math.min(...$('grid').getContext('2d').getImageData(54, 70, 1, 1).data) > 240")  # its white frame
+    assert "Face 22" in page.locator("#grid").get_attribute("aria-label")
+    page.keyboard.press("Enter")
+    await_shown(page, [rounded(v) for v in gan.sample_latents(100, seed)[21].tolist()], "last")
     assert page.locator("#curves").evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
