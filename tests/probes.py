@@ -72,9 +72,10 @@ def threshold(answers: torch.Tensor, labels: torch.Tensor) -> tuple[float, float
     return best, right(best).item()
 
 
-def learn(faces: Path, photos: Path, half: int) -> dict[str, tuple[list[float], torch.Tensor]]:
-    """Frame and weights of each probe, of every second label; prints how well they tell the others."""
-    probes = {}
+def learn(faces: Path, photos: Path, half: int) -> tuple[dict[str, tuple[list[float], torch.Tensor]], float]:
+    """(Frame and weights of each probe, of every second label; the answer from which on a face smiles); prints how well the
+    other labels are told."""
+    probes, smiles = {}, 0.0
     for name, frame in FRAMES.items():
         numbers, labels = labelled(faces, photos, name)
         weight = ridge(numbers[half::2], labels[half::2])
@@ -82,14 +83,11 @@ def learn(faces: Path, photos: Path, half: int) -> dict[str, tuple[list[float], 
         answers, others = (numbers @ weight.float())[1 - half::2], labels[1 - half::2]
         told = f"correlation {torch.corrcoef(torch.stack([answers, others]))[0, 1]:.3f}"
         if name == "smile":
-            least, right = threshold(answers, others > 0)
-            told, threshold_of[half] = f"{right:.1%} told from no smile", least
+            smiles, right = threshold(answers, others > 0)
+            told = f"{right:.1%} told from no smile"
         print(f"{name}: {len(labels)} faces, of those not learnt from {told}")
         probes[name] = frame, weight
-    return probes
-
-
-threshold_of: dict[int, float] = {}
+    return probes, smiles
 
 
 def ends(direction: dict, z: torch.Tensor) -> list[torch.Tensor]:
@@ -98,12 +96,12 @@ def ends(direction: dict, z: torch.Tensor) -> list[torch.Tensor]:
     return [z + (end * direction["reach"] - at)[:, None] * vector for end in (-1, 1)]
 
 
-def table(checkpoint: Path, others: dict, faces: int = 300) -> None:
+def table(checkpoint: Path, others: dict, smiles: float, faces: int = 300) -> None:
     """Prints, for each named direction, half the way between faces at its ends in standard deviations of each attribute, by the
     others' probes, and the own effect over the largest other; and how many of the faces at either end smile."""
     generator, _ = gan.load_generator(checkpoint, torch.device("cpu"))
     directions = [one for one in gan.find_directions(generator) if "name" in one]
-    box, gan.read_probes = gan.read_probes, lambda: others
+    box, gan.read_probes = gan.read_probes, lambda: others  # the directions are the box's, what is seen of them is not
     z, names = gan.sample_latents(faces, seed=9), [*gan.NAMES]
     spread = gan.attributes(gan.sample_images(generator, z)).std(0)
     print(f"{checkpoint}\n{'':12}" + "".join(f"{name[:9]:>10}" for name in names))
@@ -113,7 +111,7 @@ def table(checkpoint: Path, others: dict, faces: int = 300) -> None:
         largest = max(abs(effect) for i, effect in enumerate(effects) if i != own)
         print(f"{direction['name']:12}" + "".join(f"{effect:10.2f}" for effect in effects) + f"   {effects[own] / largest:.1f}")
         if own == 0:
-            print(f"smiles: {(low[:, 0] > threshold_of[1]).float().mean():.1%} and {(high[:, 0] > threshold_of[1]).float().mean():.1%}")
+            print(f"smiles: {(low[:, 0] > smiles).float().mean():.1%} and {(high[:, 0] > smiles).float().mean():.1%}")
     gan.read_probes = box
 
 
@@ -132,10 +130,10 @@ def picture(out: Path, seeds: tuple[int, ...] = (5, 23, 32, 34)) -> None:
 if __name__ == "__main__":
     kind, *paths = sys.argv[1:2] + [Path(argument) for argument in sys.argv[2:]]
     if kind == "learn":
-        torch.save(learn(*paths, half=0), gan.BOX / "probes.pt")
+        torch.save(learn(*paths, half=0)[0], gan.BOX / "probes.pt")
     elif kind == "picture":
         picture(*paths)
     else:
         control = learn(*paths[:2], half=1)
         for path in paths[2:]:
-            table(path, control)
+            table(path, *control)
