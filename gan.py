@@ -2953,10 +2953,10 @@ def find_regions(jac: Tensor, size: int) -> Tensor:
     return found.view(size, size)
 
 
-NAMES = {  # of what faces show, and words for either end; what has none is held while others change
+NAMES: dict[str, list[str]] = {  # of what faces show, and words for either end; without words: held, not offered
     "smile": ["serious", "laughing"], "age": ["younger", "older"], "turn": ["turned left", "turned right"],
-    "mouth": ["mouth closed", "mouth open"], "light": ["light from the left", "light from the right"],
-    "hair": ["darker hair", "lighter hair"], "background": ["darker background", "lighter background"], "skin": []}
+    "light": ["light from the left", "light from the right"], "hair": ["darker hair", "lighter hair"],
+    "background": ["darker background", "lighter background"], "skin": [], "mouth": []}
 BRIGHTER: dict[str, list[Ellipses]] = {  # what the picture itself tells: which ellipses are brighter, and than which
     "mouth": [PARTS["cheeks"], [(75, 50, 5, 9)]], "light": [[(55, 68, 26, 16)], [(55, 32, 26, 16)]],
     "hair": [PARTS["hair"]], "background": [PARTS["background"]], "skin": [PARTS["cheeks"]]}
@@ -3045,8 +3045,8 @@ def find_directions(generator: nn.Module, count: int = 12, pairs: int = 500) -> 
         {"name": name, "words": NAMES[name], "vector": step / step.norm(), "effect": 1 / step.norm(),
          "reach": ONE_IN_FIFTY * step.norm(), "measure": measure * step.norm()}
         for name, step, measure in zip(told, steps.T, measures.T) if NAMES[name] and step @ measure > 0.99]  # it alone
-    found += [{"vector": vector, "reach": 4.0}
-              for vector in strongest_directions(faces, measures, count - len(found))]
+    offered = measures[:, [bool(NAMES[name]) for name in told]]
+    found += [{"vector": vector, "reach": 4.0} for vector in strongest_directions(faces, offered, count - len(found))]
     for one in found:
         one["strength"] = (one["vector"] @ faces).square().mean().sqrt() * GREY_LEVELS
     return [{key: tidy(value) if isinstance(value, Tensor) else value for key, value in one.items()} for one in found]
