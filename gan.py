@@ -1287,7 +1287,7 @@ def write_pngs(folder: Path, images: Tensor, first: int = 0, digits: int = 5) ->
 
 DEMO_RUN = Path("runs/demo")
 BOX = Path(__file__).resolve().parent / ".box"  # the run folder that comes with gan.py: best.pt alone
-FEW_FACES = 1000  # with fewer, a generator learns them by heart
+FEW_FACES = 1000  # with fewer, a generator that begins with others' does better (tests/RESULTS.md, 50 to 500)
 CHECKPOINT_FORMAT = 3
 
 
@@ -3947,9 +3947,8 @@ def command_prepare(settings: PrepareSettings) -> int:
         say(f"{more:,} more faces are left: in a person's folder the largest of a photo is taken for theirs; photos in "
             "one folder, or in folders by year, give all of theirs")
     if manifest["count"] < FEW_FACES:
-        say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES:,} the generator learns them by "
-            "heart, unless it begins with one that was trained on others: `gan.py train` takes that in the box, if the "
-            "sizes agree")
+        say(f"warning: {manifest['count']} faces are few: with fewer than {FEW_FACES:,} a generator does better that "
+            "begins with one that was trained on others: `gan.py train` takes that in the box, if the sizes agree")
     return 0
 
 
