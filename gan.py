@@ -2963,11 +2963,13 @@ BRIGHTER: dict[str, list[Ellipses]] = {  # what the picture itself tells: which 
 PROBE_PIXELS = 32
 ONE_IN_FIFTY = 2.05  # standard deviations from the mean: one of fifty lies beyond
 TOLD = 0.6  # least correlation of what a face shows with what its latent vector lets expect
+KNOWN = 0.5  # most distance of mean responses from those of a probe's photos, in their deviations (RMS)
 
 
 def read_probes() -> dict[str, tuple[list[float], Tensor]]:
     """The probes in the box, which tests/probes.py learns from labelled photos: of each the frame, (top, left, bottom,
-    right) in shares of a face's side, and weights (3120,) of what FeatureSpace sees in it. {} where there is no box."""
+    right) in shares of a face's side, and of what FeatureSpace sees in it weights, mean and standard deviation of the
+    photos, (3, 3120). {} where there is no box."""
     path = BOX / "probes.pt"
     return torch.load(path, weights_only=True) if path.exists() else {}
 
@@ -2980,22 +2982,25 @@ def seen_in(frame: list[float], faces: Tensor, space: FeatureSpace) -> Tensor:
     return space.responses(grey.expand(-1, 3, -1, -1))
 
 
-def brightness(ellipses: Ellipses, faces: Tensor) -> Tensor:
-    """The mean of faces (N, 3, S, S) within ellipses, (N,)."""
-    return faces.mean(1)[:, away_from(ellipses, faces.shape[-1]) <= 1].mean(1)
+def brightness(ellipses: Ellipses, images: Tensor) -> Tensor:
+    """The mean of uint8 images (N, 3, S, S) within ellipses, (N,), in -1..1."""
+    return to_face(images[..., away_from(ellipses, images.shape[-1]) <= 1]).mean((1, 2))
 
 
-def attributes(images: Tensor) -> Tensor:
+def attributes(images: Tensor) -> tuple[Tensor, Tensor]:
     """How much of each of NAMES uint8 images (N, 3, S, S) of aligned faces show, (N, names), each in a measure of its
-    own; 0 of what nothing tells."""
-    space, probes, rows = FeatureSpace(), read_probes(), []
-    for faces in map(to_face, images.split(50)):
-        found = {name: seen_in(frame, faces, space) @ weights.float() for name, (frame, weights) in probes.items()}
-        for name, areas in BRIGHTER.items():
-            first, *others = (brightness(ellipses, faces) for ellipses in areas)
-            found[name] = first - sum(others)
-        rows.append(torch.stack([found.get(name, torch.zeros(len(faces))) for name in NAMES], 1))
-    return torch.cat(rows)
+    own; and which can be believed, (names,): no probe where the images together are unlike its photos."""
+    space, shown, known = FeatureSpace(), dict.fromkeys(NAMES, torch.zeros(len(images))), set(BRIGHTER)
+    for name, (frame, learnt) in read_probes().items():
+        seen = torch.cat([seen_in(frame, to_face(part), space) for part in images.split(50)])
+        weights, mean, deviation = learnt.float()
+        shown[name] = seen @ weights
+        if ((seen.mean(0) - mean) / deviation).square().mean().sqrt() < KNOWN:
+            known.add(name)
+    for name, areas in BRIGHTER.items():
+        first, *others = (brightness(ellipses, images) for ellipses in areas)
+        shown[name] = first - sum(others)
+    return torch.stack([*shown.values()], 1), torch.tensor([name in known for name in NAMES])
 
 
 def told_by(z: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
@@ -3037,15 +3042,16 @@ def find_directions(generator: nn.Module, count: int = 12, pairs: int = 500) -> 
     images = torch.stack([sample_images(generator, z), sample_images(generator, -z)])
     faces = sum(solving @ (to_face(face) - to_face(opposite)).flatten(1) for solving, face, opposite in
                 zip(torch.linalg.pinv(2 * z).split(50, 1), images[0].split(50), images[1].split(50)))
-    measures, correlations = told_by(z, attributes(images.flatten(0, 1)).unflatten(0, (2, pairs)))
-    told = [name for name, one in zip(NAMES, correlations.tolist()) if one >= TOLD]
-    measures = measures[:, correlations >= TOLD]
+    shown, known = attributes(images.flatten(0, 1))
+    measures, correlations = told_by(z, shown.unflatten(0, (2, pairs)))
+    told = known & (correlations >= TOLD)
+    measures, names = measures[:, told], [name for name, one in zip(NAMES, told) if one]
     steps = torch.linalg.pinv(measures).T  # of a standard deviation each
     found: list[dict] = [
         {"name": name, "words": NAMES[name], "vector": step / step.norm(), "effect": 1 / step.norm(),
          "reach": ONE_IN_FIFTY * step.norm(), "measure": measure * step.norm()}
-        for name, step, measure in zip(told, steps.T, measures.T) if NAMES[name] and step @ measure > 0.99]  # it alone
-    offered = measures[:, [bool(NAMES[name]) for name in told]]
+        for name, step, measure in zip(names, steps.T, measures.T) if NAMES[name] and step @ measure > 0.99]  # it alone
+    offered = measures[:, [bool(NAMES[name]) for name in names]]
     found += [{"vector": vector, "reach": 4.0} for vector in strongest_directions(faces, offered, count - len(found))]
     for one in found:
         one["strength"] = (one["vector"] @ faces).square().mean().sqrt() * GREY_LEVELS

@@ -56,12 +56,13 @@ def turned(file: Path) -> tuple[Image.Image, float]:
     return face, float((nose - (left + right) / 2) @ along / max(along @ along, 1))
 
 
-def ridge(seen: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The linear map from what is seen to the labels, (3120,), all numbers of the same spread and damped by as much as that."""
+def ridge(seen: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The linear map from what is seen to the labels, (3120,), all numbers of the same spread and damped by as much as that; mean
+    and standard deviation of what is seen."""
     mean, spread = seen.mean(0), seen.std(0) + 1e-6
     scaled = (seen - mean) / spread
     square = scaled @ scaled.T / len(scaled) + torch.eye(len(scaled))
-    return scaled.T @ torch.linalg.solve(square, labels - labels.mean()) / len(scaled) / spread
+    return scaled.T @ torch.linalg.solve(square, labels - labels.mean()) / len(scaled) / spread, mean, spread
 
 
 def threshold(answers: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
@@ -73,12 +74,12 @@ def threshold(answers: torch.Tensor, labels: torch.Tensor) -> tuple[float, float
 
 
 def learn(faces: Path, photos: Path, half: int) -> tuple[dict[str, tuple[list[float], torch.Tensor]], float]:
-    """(Frame and weights of each probe, of every second label; the answer from which on a face smiles); prints how well the
+    """(Each probe as gan.read_probes has it, of every second label; the answer from which on a face smiles); prints how well the
     other labels are told."""
     probes, smiles = {}, 0.0
     for name, frame in FRAMES.items():
         numbers, labels = labelled(faces, photos, name)
-        weight = ridge(numbers[half::2], labels[half::2])
+        weight, mean, spread = ridge(numbers[half::2], labels[half::2])
         weight = (weight / (numbers @ weight).std()).half()
         answers, others = (numbers @ weight.float())[1 - half::2], labels[1 - half::2]
         told = f"correlation {torch.corrcoef(torch.stack([answers, others]))[0, 1]:.3f}"
@@ -86,7 +87,7 @@ def learn(faces: Path, photos: Path, half: int) -> tuple[dict[str, tuple[list[fl
             smiles, right = threshold(answers, others > 0)
             told = f"{right:.1%} told from no smile"
         print(f"{name}: {len(labels)} faces, of those not learnt from {told}")
-        probes[name] = frame, weight
+        probes[name] = frame, torch.stack([weight, mean.half(), spread.half()])
     return probes, smiles
 
 
@@ -103,10 +104,10 @@ def table(checkpoint: Path, others: dict, smiles: float, faces: int = 300) -> No
     directions = [one for one in gan.find_directions(generator) if "name" in one]
     box, gan.read_probes = gan.read_probes, lambda: others  # the directions are the box's, what is seen of them is not
     z, names = gan.sample_latents(faces, seed=9), [*gan.NAMES]
-    spread = gan.attributes(gan.sample_images(generator, z)).std(0)
+    spread = gan.attributes(gan.sample_images(generator, z))[0].std(0)
     print(f"{checkpoint}\n{'':12}" + "".join(f"{name[:9]:>10}" for name in names))
     for direction in directions:
-        low, high = (gan.attributes(gan.sample_images(generator, end)) for end in ends(direction, z))
+        low, high = (gan.attributes(gan.sample_images(generator, end))[0] for end in ends(direction, z))
         effects, own = ((high - low).mean(0) / 2 / spread).tolist(), names.index(direction["name"])
         largest = max(abs(effect) for i, effect in enumerate(effects) if i != own)
         print(f"{direction['name']:12}" + "".join(f"{effect:10.2f}" for effect in effects) + f"   {effects[own] / largest:.1f}")

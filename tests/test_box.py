@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import hear_z
 from PIL import Image
+from torch.nn import functional as F
 
 import gan
 
@@ -60,12 +61,23 @@ def test_the_networks_faces_follow_every_name():
     named = [one for one in gan.find_directions(generator, pairs=300) if "name" in one]
     assert [one["name"] for one in named] == [name for name, words in gan.NAMES.items() if words]
     z = gan.sample_latents(40, seed=5)
-    usual = gan.attributes(gan.sample_images(generator, z)).std(0)
+    usual = gan.attributes(gan.sample_images(generator, z))[0].std(0)
     for one in named:
         step, own = one["reach"] * torch.tensor(one["vector"]), [*gan.NAMES].index(one["name"])
-        high, low = (gan.attributes(gan.sample_images(generator, z + way * step)) for way in (1, -1))
+        high, low = (gan.attributes(gan.sample_images(generator, z + way * step))[0] for way in (1, -1))
         effects = ((high - low).mean(0) / 2 / usual).abs()
         assert effects[own] > 1 and effects[own] > 2 * effects[torch.arange(len(effects)) != own].max()
+
+
+def test_no_probe_is_believed_of_what_is_no_face_of_its_frame():
+    """Of the box's faces all are; of the same upside down, as negatives or in a wider frame only what the picture itself tells."""
+    generator, _ = gan.load_generator(REAL, CPU)
+    faces = gan.sample_images(generator, gan.sample_latents(100, seed=6))
+    assert gan.attributes(faces)[1].all()
+    smaller = F.interpolate(F.pad(faces.float(), [40] * 4, value=127), 80).round().to(torch.uint8)
+    for others in (faces.flip(2), 255 - faces, smaller):
+        known = dict(zip(gan.NAMES, gan.attributes(others)[1].tolist()))
+        assert [name for name, one in known.items() if one] == [*filter(gan.BRIGHTER.get, gan.NAMES)]
 
 
 def test_float16_changes_no_face_by_more_than_a_level(trained):

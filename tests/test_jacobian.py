@@ -117,7 +117,7 @@ def test_a_direction_with_a_name_changes_its_own_alone(monkeypatch):
     assert {"hair", "background"} <= named.keys() and not named.keys() & {"smile", "age", "turn"} and len(found) == 12
 
     def shown(z):
-        return gan.attributes(gan.sample_images(generator, z))[:, [[*gan.NAMES].index(name) for name in ("hair", "background")]]
+        return gan.attributes(gan.sample_images(generator, z))[0][:, [[*gan.NAMES].index(name) for name in ("hair", "background")]]
     usual = shown(z)
     for own, name in enumerate(("hair", "background")):
         one, other = named[name], 1 - own
