@@ -635,6 +635,7 @@ class Progress:
     epoch: int = 0
     minibatch: int = 0
     images_seen: int = 0
+    images_before: int = 0  # that its networks had seen in the run whose networks this one began with
     discriminator_updates: int = 0
     generator_updates: int = 0
     averaged_at: int = 0  # images_seen when the averaged generator was last updated
@@ -762,7 +763,7 @@ class Trainer:
         # All ranks draw the random numbers of all, so that any number of them goes on with a run in the same way.
         z = torch.randn(faces, LATENT_SIZE, generator=self.rng, device=self.device)[self.ranks.part]
         mix = torch.rand(faces, generator=self.rng, device=self.device)[self.ranks.part]
-        objective.prepare(self.discriminator, self.progress.images_seen)
+        objective.prepare(self.discriminator, self.progress.images_before + self.progress.images_seen)
         passes = self.passes(real, z)
         row = passes.row
         self.ranks.average(row[:4])
@@ -1575,8 +1576,10 @@ def choose_start(settings: TrainSettings, faces: TrainingFaces) -> Path | None:
 def begin_with_networks_of(path: Path, trainer: Trainer) -> dict:
     """Give a new run the networks of another one's checkpoint; what is to be remembered of it."""
     state = read_checkpoint(path)
+    theirs = Progress(**state["progress"])
     trainer.load_networks(state)
-    epoch, run = state["progress"]["epoch"], state["settings"]["run"] or f"runs/{state['settings']['model'].lower()}"
+    trainer.progress.images_before = theirs.images_before + theirs.images_seen
+    epoch, run = theirs.epoch, state["settings"]["run"] or f"runs/{state['settings']['model'].lower()}"
     say(f"beginning with the networks of {path}, epoch {epoch}")
     return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "run": run, "epoch": epoch}
 

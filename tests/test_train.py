@@ -584,24 +584,31 @@ def test_the_same_faces_packed_otherwise_are_the_same(trained, dataset, tmp_path
 
 
 def test_a_new_run_begins_with_the_networks_of_another(dataset, tmp_path, monkeypatch, capsys, auto):
-    """--start-from: weights and statistics of all three networks, and nothing else; what they were is told in a line and
-    kept in config.json and the checkpoints, also when the run goes on."""
-    first, run, found = tmp_path / "first", tmp_path / "run", []
+    """--start-from: weights and statistics of all three networks, how many images they saw, by which fine detail goes on as it
+    ended there, and nothing else; what they were is told in a line and kept in config.json and the checkpoints, also when the
+    run goes on."""
+    first, run, found, critics = tmp_path / "first", tmp_path / "run", [], []
     path, real = first / "epoch-00002.pt", gan.training_loop
     assert gan.train(settings(dataset, first, epochs=2)) == 0
+    state = gan.read_checkpoint(path)
+    state["progress"].update(images_seen=60_000, images_before=40_000)
+    gan.write_checkpoint(path, state)
 
     def beginning(trainer, *arguments):
         found.append(copy.deepcopy(trainer.state()))
+        critics.append(trainer.discriminator)
         return real(trainer, *arguments)
     monkeypatch.setattr(gan, "training_loop", beginning)
     gan.prepare(gan.PrepareSettings(demo=True, data=str(tmp_path / "few"), size=32, limit=20, seed=5))
     assert gan.train(settings(tmp_path / "few", run, epochs=1, start_from=str(path))) == 0
     assert f"beginning with the networks of {path}, epoch 2" in capsys.readouterr().out
     new = gan.Trainer(settings("", ""), 32, CPU).state()
+    new["progress"]["images_before"] = 100_000
     assert same(found[0]["networks"], gan.read_checkpoint(path)["networks"])
     assert same({**found[0], "networks": 0}, {**new, "networks": 0})
     origin = {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "run": str(first), "epoch": 2}
     assert gan.train(settings(tmp_path / "few", run, epochs=2)) == 0
+    assert [critic.detail.gain.item() for critic in critics] == [pytest.approx(0.3)] * 2
     assert gan.read_checkpoint(run / "last.pt")["started_from"] == origin
     assert json.loads((run / "config.json").read_text())["started_from"] == origin
     assert [line["epoch"] for line in gan.read_log(run)] == [1, 2]
