@@ -78,6 +78,10 @@ def test_no_probe_is_believed_of_what_is_no_face_of_its_frame():
     for others in (faces.flip(2), 255 - faces, smaller):
         known = dict(zip(gan.NAMES, gan.attributes(others)[1].tolist()))
         assert [name for name, one in known.items() if one] == [*filter(gan.BRIGHTER.get, gan.NAMES)]
+    original = generator.forward
+    generator.forward = lambda z: original(z).flip(2)
+    names = {one.get("name") for one in gan.find_directions(generator, pairs=300)}
+    assert not names & gan.read_probes().keys() and "light" in names
 
 
 def test_float16_changes_no_face_by_more_than_a_level(trained):

@@ -507,6 +507,22 @@ def test_a_server_that_fails_once_is_asked_again(training):
     page.trouble.clear()
 
 
+def test_an_answer_that_breaks_off_is_a_server_that_is_gone(page, run):
+    """Also in the middle of its body; the page asks again and then shows what was asked for."""
+    page.evaluate("""() => {
+        const real = fetch;
+        globalThis.fetch = async (...request) => {
+            const answer = await real(...request);
+            globalThis.fetch = real;
+            return new Response(new ReadableStream({ pull: stream => stream.error(new Error('cut')) }), answer);
+        };
+        place(doc.z.with(1, 1));
+    }""")
+    page.locator("#status.bad", has_text="Server gone").wait_for()
+    await_shown(page, changed((1, 1)))
+    assert page.locator("#status.bad").count() == 0 and shows(page, run / "last.pt", changed((1, 1)))
+
+
 def test_a_link_to_a_network_that_is_gone_says_so(training):
     """And shows the same numbers' face of the default checkpoint; a link to one that is there, that one's."""
     page, _ = training
